@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import pytest
+from scripted import ScriptedEngine
+
+from vretrver_hf import Item
+from vretrver_hf.agent import AgentLoop, AgentTask, play
+from vretrver_hf.engines import Sampling
+from vretrver_hf.protocol import format_answer, format_call, format_turn, get_preset
+
+
+PRESET = get_preset("foveated", overview_pixels=64 * 64, inspect_pixels=128 * 128, max_calls=2)
+ANSWER = format_turn("so", format_answer([1, 0, 2]))
+SELECT = format_turn("look", format_call("select_images", {"target_images": [2]}))
+CROP = format_turn("closer", format_call("crop_image", {"bbox_2d": [0, 0, 0.5, 0.5], "target_image": 2}))
+
+
+@pytest.fixture
+def task(picture) -> AgentTask:
+    return AgentTask(Item(text="q"), [Item(text="a"), Item(image=picture()), Item(text="c")], PRESET, query_id="q1")
+
+
+def run(encoder, task, turns, **kwargs):
+    engine = ScriptedEngine(encoder, lambda query_id, turn: turns[turn])
+    (trajectory,) = play(engine, [task], **kwargs)
+    return trajectory
+
+
+def roles(trajectory) -> str:
+    return "".join(turn.role[0] for turn in trajectory.turns)
+
+
+def test_a_straight_answer(encoder, task):
+    trajectory = run(encoder, task, [ANSWER])
+    assert (trajectory.finish, trajectory.status, trajectory.order) == ("answer", "ok", [1, 0, 2])
+    assert roles(trajectory) == "pa" and trajectory.num_calls == 0
+    assert trajectory.turns[1].thought == "so" and trajectory.turns[1].token_ids[-1] == encoder.end_of_turn
+    assert all(trajectory.turns[1].mask)  # the model closed its turn itself
+
+
+def test_calls_are_carried_out_in_turn(encoder, task):
+    trajectory = run(encoder, task, [SELECT, CROP, ANSWER])
+    assert roles(trajectory) == "paoaoa" and trajectory.num_valid_calls == 2
+    select, crop = trajectory.turns[2], trajectory.turns[4]
+    assert [ref.index for ref in select.images] == [2] and select.images[0].box is None
+    assert crop.images[0].box is not None and select.text == "Image 2:"
+    # A call turn is closed by the loop: the end mark is there, and is not the model's.
+    assert trajectory.turns[1].token_ids[-1] == encoder.end_of_turn and trajectory.turns[1].mask[-1] == 0
+
+
+def test_the_ids_are_one_conversation(encoder, task):
+    trajectory = run(encoder, task, [SELECT, ANSWER])
+    text = encoder.tokenizer.decode(trajectory.token_ids).replace("<|image_pad|>", "")
+    assert text.count("<|im_start|>") == text.count("<|im_end|>") == 5
+    assert f"<|im_end|>\n<|im_start|>assistant\n{SELECT}<|im_end|>\n<|im_start|>user\nImage 2:" in text
+
+
+@pytest.mark.parametrize(
+    ("turn", "told"),
+    [
+        ("just talk", "Malformed turn"),
+        (SELECT.replace("[2]", "[2"), "Malformed turn"),  # broken JSON
+        (SELECT.replace("select_images", "delete_images"), "no such tool"),
+        (SELECT.replace("[2]", "[1]"), "has no image"),  # a text-only candidate
+        (SELECT.replace("[2]", "[4]"), "out of range"),
+        (CROP.replace("0.5, 0.5", "0, 0"), "bbox_2d"),  # an empty box
+    ],
+)
+def test_misuse_is_told_and_the_model_may_go_on(encoder, task, turn, told):
+    trajectory = run(encoder, task, [turn, SELECT, ANSWER])
+    assert told in trajectory.turns[2].text and trajectory.turns[2].valid is False
+    assert not trajectory.turns[2].images
+    assert trajectory.num_valid_calls == 1 and trajectory.status == "ok"
+
+
+def test_beyond_the_budget_the_model_is_told_to_answer_once(encoder, task):
+    answered = run(encoder, task, [SELECT, SELECT, SELECT, ANSWER])
+    assert roles(answered) == "paoaoaoa" and "Answer now" in answered.turns[6].text
+    assert answered.num_calls == 3 and answered.num_valid_calls == 2 and answered.status == "ok"
+    stubborn = run(encoder, task, [SELECT] * 9)
+    assert roles(stubborn) == "paoaoaoa"
+    assert (stubborn.finish, stubborn.status, stubborn.order) == ("no_answer", "fallback", [0, 1, 2])
+
+
+def test_without_tools_a_call_is_not_carried_out(encoder, task):
+    task.tools = False
+    trajectory = run(encoder, task, [SELECT, ANSWER])
+    assert trajectory.num_valid_calls == 0 and "Answer now" in trajectory.turns[2].text
+    assert "select_images" not in trajectory.turns[0].text
+
+
+def test_a_repaired_answer_says_so(encoder, task):
+    trajectory = run(encoder, task, ["<think>x</think>\n<answer>[3, 3, 9]</answer>"])
+    assert (trajectory.status, trajectory.order) == ("repaired", [2, 0, 1]) and trajectory.problems
+
+
+def test_a_turn_without_end_is_cut_and_told(encoder, task):
+    trajectory = run(encoder, task, ["x" * 500, ANSWER], sampling=Sampling(max_turn_tokens=100))
+    assert trajectory.turns[1].num_sampled == 100 and trajectory.turns[1].kind == "malformed"
+    assert "100 tokens" in trajectory.turns[2].text and trajectory.status == "ok"
+
+
+def test_a_full_context_ends_the_trajectory(encoder, task):
+    prompt = run(encoder, task, [ANSWER]).turns[0]
+    room = len(prompt.token_ids) + 300
+    engine = ScriptedEngine(encoder, lambda query_id, turn: SELECT, max_length=room)
+    (trajectory,) = play(engine, [task], Sampling(max_turn_tokens=250))
+    assert (trajectory.finish, trajectory.status) == ("length", "fallback")
+    engine.max_length = len(prompt.token_ids)
+    (never_started,) = play(engine, [task], Sampling(max_turn_tokens=250))
+    assert (never_started.finish, roles(never_started)) == ("length", "p")
+
+
+def test_a_bad_picture_costs_its_query_only(encoder, task, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    bad = AgentTask(Item(text="q"), [Item(image=broken), Item(text="b")], PRESET, query_id="bad")
+    engine = ScriptedEngine(encoder, lambda query_id, turn: ANSWER)
+    first, second = play(engine, [bad, task])
+    assert (first.finish, first.order) == ("error", [0, 1]) and first.error
+    assert second.status == "ok"
+
+
+def test_events_tell_the_story_in_order(encoder, task):
+    events = []
+    run(encoder, task, [SELECT, "no", ANSWER], on_event=events.append)
+    assert [event.kind for event in events] == [
+        "thought", "call", "observation", "observation", "thought", "answer",
+    ]  # fmt: skip
+    assert events[1].call == {"name": "select_images", "arguments": {"target_images": [2]}}
+    assert events[2].valid and len(events[2].images) == 1 and events[3].valid is False
+    assert events[5].order == (1, 0, 2) and {event.query_id for event in events} == {"q1"}
+
+
+def test_many_tasks_run_within_the_engines_room_and_lazily(encoder, task):
+    engine = ScriptedEngine(encoder, lambda query_id, turn: [SELECT, ANSWER][turn], max_sessions=3)
+    taken = []
+
+    def tasks():
+        for i in range(20):
+            taken.append(i)
+            yield AgentTask(task.query, task.candidates, PRESET, query_id=str(i))
+
+    finished = []
+    for done, trajectory in AgentLoop(engine).run(tasks()):
+        finished.append(done.query_id)
+        assert trajectory.query_id == done.query_id
+        assert len(taken) <= len(finished) + 3
+    assert sorted(finished, key=int) == [str(i) for i in range(20)] and engine.most_open == 3
+
+
+def test_cancelling_hands_back_what_had_begun(encoder, task):
+    engine = ScriptedEngine(encoder, lambda query_id, turn: SELECT)
+    loop = AgentLoop(engine)
+    loop.submit(task)
+    loop.step()
+    ((_, trajectory),) = loop.cancel()
+    assert (trajectory.finish, trajectory.order) == ("cancelled", [0, 1, 2])
+    assert loop.num_active == 0 and engine.poll() == []
+
+
+def test_a_data_sets_own_prompt_replaces_the_presets(encoder, task):
+    from vretrver_hf.protocol import messages_from_prompt
+
+    task.messages = messages_from_prompt([{"role": "user", "content": "Mine <image>"}], [2])
+    trajectory = run(encoder, task, [ANSWER])
+    assert "Mine" in trajectory.turns[0].text and "Candidates" not in trajectory.turns[0].text
+    assert [ref.index for ref in trajectory.turns[0].images] == [2]
+
+
+def test_a_prompt_that_shows_a_missing_picture_is_an_error(encoder, task):
+    from vretrver_hf.protocol import messages_from_prompt
+
+    task.messages = messages_from_prompt([{"role": "user", "content": "<image>"}], [1])
+    with pytest.raises(ValueError, match="query q1: the prompt shows image 1"):
+        run(encoder, task, [ANSWER])

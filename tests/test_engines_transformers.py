@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from scripted import ForcedEngine
+
+from vretrver_hf import Item
+from vretrver_hf.agent import AgentTask, play
+from vretrver_hf.encoding import Encoded
+from vretrver_hf.engines import Sampling
+from vretrver_hf.engines.transformers import TransformersEngine, _draw
+from vretrver_hf.protocol import build_messages, format_answer, format_call, format_turn, get_preset
+
+
+PRESET = get_preset("foveated", overview_pixels=128 * 128, inspect_pixels=160 * 160, max_calls=3)
+TURNS = [
+    format_turn(
+        "the second looks right", format_call("crop_image", {"bbox_2d": [0.2, 0, 0.7, 0.5], "target_image": 2})
+    ),
+    format_turn("and the others", format_call("select_images", {"target_images": [1, 2]})),
+    format_turn("hm", format_call("select_images", {"target_images": [9]})),
+]
+
+
+def make_task(picture, query_id: str, num_candidates: int = 3, images: bool = True) -> AgentTask:
+    candidates = [
+        Item(text=f"text {i}", image=picture(90 + 40 * i, 120) if images and i < 2 else None)
+        for i in range(num_candidates)
+    ]
+    return AgentTask(Item(text=f"query {query_id}"), candidates, PRESET, query_id=query_id)
+
+
+def full_logprobs(model, engine, task, trajectory) -> list[float]:
+    """Log-probabilities of the sampled tokens from one plain forward pass over the whole conversation."""
+    items = [task.query, *task.candidates]
+    pictures = [ref.render(items[ref.index].load_image()) for ref in trajectory.images]
+    vision = (
+        engine.encoder.processor.image_processor(pictures, do_resize=False, return_tensors="pt") if pictures else {}
+    )
+    ids = torch.tensor([trajectory.token_ids])
+    model.model.rope_deltas = None  # transformers reuses those of the last forward pass with pictures
+    with torch.no_grad():
+        logits = model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == engine.encoder.image_pad).int(),
+            **vision,
+        ).logits[0]
+    logprobs = logits.log_softmax(-1)
+    places = [i for i, bit in enumerate(trajectory.mask) if bit]
+    return [logprobs[i - 1, trajectory.token_ids[i]].item() for i in places]
+
+
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("num_calls", [0, 1, 2, 3])
+def test_cached_turns_equal_a_full_prefill(model, processor, picture, images, num_calls):
+    script = [*TURNS[:num_calls], format_turn("so", format_answer([1, 0, 2]))]
+    engine = ForcedEngine(model, processor, lambda query_id, turn: script[turn])
+    task = make_task(picture, "a", images=images)
+    (trajectory,) = play(engine, [task])
+    assert trajectory.order == [1, 0, 2] and trajectory.num_calls == num_calls
+    cached = [value for value in trajectory.logprobs if value is not None]
+    assert cached == pytest.approx(full_logprobs(model, engine, task, trajectory), abs=1e-5)
+
+
+def test_a_batch_gives_what_single_rows_give(model, processor, picture):
+    """Conversations of different lengths start, pause and end at different times, in batches of three and alone."""
+    tasks = [make_task(picture, str(i), num_candidates=1 + i, images=i % 3 > 0) for i in range(7)]
+    rng = random.Random(0)
+    scripts = {}
+    for task in tasks:
+        answer = format_turn("x" * rng.randrange(20), format_answer(range(len(task.candidates))))
+        scripts[task.query_id] = [*TURNS[: rng.randrange(4)], answer]
+
+    def run(max_sessions):
+        script = lambda query_id, turn: scripts[query_id][turn]  # noqa: E731
+        return play(ForcedEngine(model, processor, script, max_sessions=max_sessions, prefill_tokens=2000), tasks)
+
+    for together, alone in zip(run(3), run(1), strict=True):
+        assert together.token_ids == alone.token_ids and together.mask == alone.mask
+        known = [value for value in together.logprobs if value is not None]
+        assert known == pytest.approx([value for value in alone.logprobs if value is not None], abs=1e-5)
+
+
+def test_free_running_batches_agree_too(model, processor, picture):
+    tasks = [make_task(picture, str(i), num_candidates=2 + i % 3) for i in range(5)]
+    runs = [
+        play(TransformersEngine(model, processor, max_sessions=n), tasks, Sampling(max_turn_tokens=12)) for n in (1, 5)
+    ]
+    for alone, together in zip(*runs, strict=True):
+        assert alone.token_ids == together.token_ids
+
+
+def test_sampling_depends_on_seed_query_sample_and_turn_alone(model, processor, picture):
+    sampling = Sampling(temperature=1.0, max_turn_tokens=12, seed=5)
+    tasks = [make_task(picture, str(i)) for i in range(4)]
+    engine = TransformersEngine(model, processor, max_sessions=4)
+    together = play(engine, tasks, sampling)
+    (alone,) = play(TransformersEngine(model, processor, max_sessions=1), [tasks[2]], sampling)
+    assert together[2].token_ids == alone.token_ids
+    tasks[2].sample = 1
+    (other_sample,) = play(engine, [tasks[2]], sampling)
+    (other_seed,) = play(engine, [tasks[1]], Sampling(temperature=1.0, max_turn_tokens=12, seed=6))
+    assert other_sample.token_ids != alone.token_ids
+    assert other_seed.token_ids != together[1].token_ids
+
+
+def test_pads_are_never_sampled(model, processor, picture):
+    sampling = Sampling(temperature=50.0, max_turn_tokens=200)
+    engine = TransformersEngine(model, processor)
+    (trajectory,) = play(engine, [make_task(picture, "a")], sampling)
+    sampled = [token for token, bit in zip(trajectory.token_ids, trajectory.mask, strict=True) if bit]
+    assert len(sampled) > 300 and not set(sampled) & set(engine.encoder.suppressed_ids)
+
+
+def test_eager_and_sdpa_agree(family, processor, picture):
+    from tiny_models import make_model
+
+    runs = []
+    tasks = [make_task(picture, str(i), num_candidates=2 + i) for i in range(3)]
+    for implementation in ("sdpa", "eager"):
+        model = make_model(family, processor)
+        model.set_attn_implementation(implementation)
+        script = lambda query_id, turn: [*TURNS, format_answer([0, 1])][turn]  # noqa: E731
+        runs.append(play(ForcedEngine(model, processor, script), tasks))
+    for sdpa, eager in zip(*runs, strict=True):
+        assert [v for v in sdpa.logprobs if v] == pytest.approx([v for v in eager.logprobs if v], abs=1e-4)
+
+
+def test_a_closed_conversation_frees_its_row(model, processor):
+    engine = TransformersEngine(model, processor, max_sessions=1)
+    ids = engine.encoder.tokenizer.encode("hello", add_special_tokens=False)
+    first, second = engine.open("a"), engine.open("b")
+    for session in (first, second):
+        engine.submit(session, Encoded(ids, [], [], "hello"), Sampling(max_turn_tokens=3))
+    assert [result.session for result in engine.poll()] == [first]
+    assert engine.poll() == []  # the second waits for the row that the first still holds
+    engine.close(first)
+    assert [result.session for result in engine.poll()] == [second]
+    engine.close(second)
+    engine.close(second)  # closing twice is harmless
+
+
+def test_closing_in_the_middle_of_a_turn_leaves_the_others_as_they_were(model, processor, picture):
+    tasks = [make_task(picture, str(i)) for i in range(3)]
+    lengths = {"0": 90, "1": 5, "2": 60}
+
+    def script(query_id, turn):
+        return format_turn("x" * lengths[query_id], format_answer([0, 1, 2]))
+
+    engine = ForcedEngine(model, processor, script, max_sessions=3)
+    sessions = []
+    for task in tasks:
+        pictures = [None, *(item.load_image() if item.image is not None else None for item in task.candidates)]
+        messages = build_messages(task.query, task.candidates, PRESET)
+        sessions.append(engine.open(task.query_id))
+        engine.submit(sessions[-1], engine.encoder.prompt(messages, pictures.__getitem__, PRESET), Sampling())
+    assert [result.session for result in engine.poll()] == [sessions[1]]
+    engine.close(sessions[1])
+    engine.close(sessions[0])  # in the middle of its turn: row 2 moves into its place
+    (last,) = engine.poll()
+    (reference,) = play(ForcedEngine(model, processor, script, max_sessions=1), [tasks[2]])
+    assert last.token_ids == reference.turns[1].token_ids
+    assert last.logprobs == pytest.approx(reference.turns[1].logprobs, abs=1e-5)
+
+
+def test_a_conversation_beyond_the_context_is_refused(model, processor):
+    engine = TransformersEngine(model, processor)
+    engine.max_length = 10
+    with pytest.raises(ValueError, match="at most 10.*fewer candidates"):
+        engine.submit(engine.open(), Encoded([0] * 10, [], [], ""), Sampling())
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, 4).clone()
+    sources = [random.Random(i) for i in range(4000)]
+    chosen, logprobs = _draw(logits, Sampling(temperature=0.5), sources)
+    shares = torch.bincount(chosen, minlength=4) / 4000
+    expected = (logits[0] / 0.5).softmax(-1)
+    assert shares.tolist() == pytest.approx(expected.tolist(), abs=0.02)
+    assert logprobs.exp().tolist() == pytest.approx(expected[chosen].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("limits", "allowed"), [({"top_k": 2}, {0, 1}), ({"top_p": 0.6}, {0}), ({"top_p": 0.85}, {0, 1})]
+)
+def test_truncation_limits_the_draws_but_not_the_logprobs(limits, allowed):
+    # softmax of (2, 1, 0, -1) is 0.644, 0.237, 0.087, 0.032
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(500, 4).clone()
+    chosen, logprobs = _draw(logits, Sampling(temperature=1.0, **limits), [random.Random(i) for i in range(500)])
+    assert set(chosen.tolist()) == allowed
+    assert logprobs[chosen == 0][0].exp().item() == pytest.approx(math.exp(2) / sum(map(math.exp, (2, 1, 0, -1))))
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"max_turn_tokens": 0}, "max_turn_tokens"),
+    ],
+)
+def test_impossible_sampling_is_refused(values, reason):
+    with pytest.raises(ValueError, match=reason):
+        Sampling(**values)
+
+
+def test_loads_from_a_folder_in_the_asked_type(family, model, processor, tmp_path):
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    engine = TransformersEngine.from_pretrained(tmp_path, device="cpu", max_sessions=2)
+    assert engine.model.dtype == torch.float32 and engine.encoder.family == family
+    half = TransformersEngine.from_pretrained(tmp_path, dtype="bfloat16", device="cpu", attn_implementation="eager")
+    assert half.model.dtype == torch.bfloat16
+
+
+def test_an_unsupported_family_is_refused(tmp_path):
+    from transformers import BertConfig
+
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'bert' model; supported are"):
+        TransformersEngine.from_pretrained(tmp_path)

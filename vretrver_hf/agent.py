@@ -1,0 +1,356 @@
+"""The loop: generate, parse, observe, until the model answers or its budget ends; many trajectories at once."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from . import protocol
+from .encoding import Encoded
+from .engines.base import Engine, Sampling, Session, TurnResult
+from .images import ItemError
+from .parsing import ParsedTurn, parse_ranking, parse_turn
+from .tools import Observation, VisualTools
+from .trajectory import Trajectory, Turn
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .items import Item
+    from .protocol import Preset
+
+
+@dataclasses.dataclass
+class AgentTask:
+    """
+    One window of one query, ready to be played.
+
+    Args:
+        query (`Item`):
+            The query.
+        candidates (`list[Item]`):
+            The window's candidates, in prompt order.
+        preset (`Preset`):
+            The protocol to play.
+        query_id (`str`, *optional*, defaults to `"0"`):
+            Identifies the query within the job.
+        candidate_indices (`list[int]`, *optional*):
+            Where the candidates stand in the query's full list; their own order by default.
+        sample (`int`, *optional*, defaults to 0):
+            Number of this trajectory among several of the same query.
+        tools (`bool`, *optional*, defaults to `True`):
+            Whether the model may call tools.
+        messages (`list[dict]`, *optional*):
+            Opening messages that replace those of the preset (a data set's own prompt).
+    """
+
+    query: Item
+    candidates: list[Item]
+    preset: Preset
+    query_id: str = "0"
+    candidate_indices: list[int] | None = None
+    sample: int = 0
+    tools: bool = True
+    messages: list[dict[str, Any]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """
+    Something that happened in a trajectory, told as it happens.
+
+    Args:
+        kind (`str`):
+            `"thought"`: the model's `text`. `"call"`: `call` with name and arguments. `"observation"`: what came
+            back, as `text` and `images`, and whether it was `valid`. `"answer"`: the window's `order` (0-based
+            places) and `status`. `"window"`: a window begins; `order` holds the indices of its candidates.
+        query_id (`str`):
+            The query.
+        text (`str`, *optional*):
+            Thought or observation.
+        call (`dict`, *optional*):
+            Name and arguments of a tool call.
+        valid (`bool`, *optional*):
+            Whether an observation shows evidence (`True`) or says what was wrong (`False`).
+        images (`tuple[PIL.Image.Image, …]`, *optional*):
+            Pictures that the model now sees.
+        order (`tuple[int, …]`, *optional*):
+            See `kind`.
+        status (`str`, *optional*):
+            `"ok"`, `"repaired"` or `"fallback"`.
+    """
+
+    kind: Literal["thought", "call", "observation", "answer", "window"]
+    query_id: str
+    text: str | None = None
+    call: dict[str, Any] | None = None
+    valid: bool | None = None
+    images: tuple[Image.Image, ...] = ()
+    order: tuple[int, ...] | None = None
+    status: str | None = None
+
+
+class AgentLoop:
+    """
+    Plays trajectories on an engine, many at a time, each at its own turn.
+
+    Tasks wait until the engine has room; [`AgentLoop.step`] advances all that are under way and hands back those that
+    ended. A turn that cannot be used, a call that cannot be carried out and a call without budget are told to the
+    model in words. Each turn that is not an answer costs one of the preset's `max_calls`; when none is left the model
+    is told to answer, once.
+
+    Args:
+        engine (`Engine`):
+            Runs the model.
+        sampling (`Sampling`, *optional*):
+            How tokens are drawn; greedily by default.
+        on_event (`Callable[[Event], None]`, *optional*):
+            Called with each [`Event`] as it happens.
+    """
+
+    def __init__(
+        self, engine: Engine, sampling: Sampling | None = None, on_event: Callable[[Event], None] | None = None
+    ):
+        self.engine = engine
+        self.sampling = sampling or Sampling()
+        self._on_event = on_event or (lambda event: None)
+        self._waiting: collections.deque[AgentTask] = collections.deque()
+        self._playing: dict[Session, _Rollout] = {}
+
+    @property
+    def num_active(self) -> int:
+        """Trajectories that wait or are under way."""
+        return len(self._waiting) + len(self._playing)
+
+    def submit(self, task: AgentTask) -> None:
+        """Adds a trajectory."""
+        self._waiting.append(task)
+
+    def step(self) -> list[tuple[AgentTask, Trajectory]]:
+        """
+        Advances everything until at least one model turn is done.
+
+        Returns:
+            `list[tuple[AgentTask, Trajectory]]`: the trajectories that ended, possibly none. One whose pictures could
+            not be
+        read has `finish="error"`, so that a bad picture costs one query and not the job.
+        """
+        ended = []
+        while self._waiting and len(self._playing) < self.engine.max_sessions:
+            task = self._waiting.popleft()
+            try:
+                rollout = self._start(task)
+            except ItemError as error:
+                ended.append((task, _failed(task, self.sampling.seed, error)))
+                continue
+            if rollout.trajectory.finish == "length":
+                ended.append(self._end(rollout))
+        for result in self.engine.poll():
+            rollout = self._playing[result.session]
+            if self._advance(rollout, result):
+                ended.append(self._end(rollout))
+        return ended
+
+    def run(self, tasks: Iterable[AgentTask]) -> Iterator[tuple[AgentTask, Trajectory]]:
+        """
+        Plays tasks as they come and yields each with its trajectory as it ends, not in order.
+
+        Only as many tasks are taken from `tasks` as the engine has room for, so it may be endless or large.
+        """
+        source = iter(tasks)
+        exhausted = False
+        while True:
+            while not exhausted and self.num_active < self.engine.max_sessions:
+                task = next(source, None)
+                if task is None:
+                    exhausted = True
+                else:
+                    self.submit(task)
+            if not self.num_active:
+                return
+            yield from self.step()
+
+    def cancel(self) -> list[tuple[AgentTask, Trajectory]]:
+        """Stops everything, in the middle of a turn if need be; hands back what had begun."""
+        self._waiting.clear()
+        ended = []
+        for rollout in list(self._playing.values()):
+            rollout.trajectory.finish = "cancelled"
+            ended.append(self._end(rollout))
+        return ended
+
+    def _start(self, task: AgentTask) -> _Rollout:
+        session = self.engine.open(task.query_id, task.sample)
+        rollout = _Rollout(task, session, self.engine.encoder.factor, self.sampling.seed)
+        started = time.perf_counter()
+        messages = task.messages or protocol.build_messages(task.query, task.candidates, task.preset, task.tools)
+        encoded = self.engine.encoder.prompt(messages, rollout.load_image, task.preset)
+        seconds = time.perf_counter() - started
+        rollout.trajectory.turns.append(
+            Turn("prompt", encoded.token_ids, encoded.text, images=encoded.refs, seconds=seconds)
+        )
+        self._playing[session] = rollout
+        self._submit(rollout, encoded)
+        return rollout
+
+    def _submit(self, rollout: _Rollout, encoded: Encoded) -> None:
+        """Hands the engine what the model reads next, unless the context cannot hold it and an answer."""
+        if rollout.trajectory.num_tokens + self.sampling.max_turn_tokens > self.engine.max_length:
+            rollout.trajectory.finish = "length"
+        else:
+            self.engine.submit(rollout.session, encoded, self.sampling)
+
+    def _advance(self, rollout: _Rollout, result: TurnResult) -> bool:
+        """Records a model turn and answers it. Returns whether the trajectory has ended."""
+        encoder = self.engine.encoder
+        text = encoder.decode(result.token_ids)
+        parsed = parse_turn(text) if result.stop != "length" else _cut_short(self.sampling.max_turn_tokens)
+        closing = [] if result.token_ids[-1] == encoder.end_of_turn else [encoder.end_of_turn]
+        turn = Turn(
+            role="assistant",
+            token_ids=result.token_ids + closing,
+            text=text,
+            num_sampled=len(result.token_ids),
+            logprobs=result.logprobs,
+            seconds=result.seconds,
+            kind=parsed.kind,
+            thought=parsed.thought,
+            call=dataclasses.asdict(parsed.call) if parsed.call else None,
+            problem=parsed.problem,
+        )
+        rollout.trajectory.turns.append(turn)
+        query_id = rollout.task.query_id
+        if parsed.thought:
+            self._on_event(Event("thought", query_id, text=parsed.thought))
+        if parsed.kind == "answer":
+            rollout.trajectory.finish = "answer"
+            return True
+        if turn.call:
+            self._on_event(Event("call", query_id, call=turn.call))
+        observation = rollout.respond(parsed, turn)
+        if observation is None:
+            return True
+        self._on_event(
+            Event("observation", query_id, observation.text, valid=observation.valid, images=tuple(observation.images))
+        )
+        started = time.perf_counter()
+        encoded = encoder.observation(observation)
+        rollout.trajectory.turns.append(
+            Turn(
+                "observation",
+                encoded.token_ids,
+                observation.text,
+                images=encoded.refs,
+                seconds=time.perf_counter() - started,
+                valid=observation.valid,
+            )
+        )
+        self._submit(rollout, dataclasses.replace(encoded, token_ids=closing + encoded.token_ids))
+        return rollout.trajectory.finish == "length"
+
+    def _end(self, rollout: _Rollout) -> tuple[AgentTask, Trajectory]:
+        self.engine.close(rollout.session)
+        del self._playing[rollout.session]
+        trajectory = rollout.trajectory
+        last = trajectory.assistant_turns[-1].text if trajectory.assistant_turns else ""
+        ranking = parse_ranking(last, trajectory.num_candidates)
+        trajectory.order, trajectory.status = list(ranking.order), ranking.status
+        trajectory.problems = list(ranking.problems)
+        self._on_event(Event("answer", rollout.task.query_id, order=tuple(trajectory.order), status=trajectory.status))
+        return rollout.task, trajectory
+
+
+class _Rollout:
+    """A trajectory under way: its record, its pictures and what is left of its budget."""
+
+    def __init__(self, task: AgentTask, session: Session, factor: int, seed: int):
+        self.task = task
+        self.session = session
+        self.calls_left = task.preset.max_calls if task.tools else 0
+        self._warned = False
+        self._images: list[Image.Image | None] = [
+            item.load_image() if item.image is not None else None for item in [task.query, *task.candidates]
+        ]
+        self._tools = VisualTools(self._images[0], self._images[1:], preset=task.preset, factor=factor)
+        self.trajectory = _blank(task, seed)
+
+    def load_image(self, number: int) -> Image.Image:
+        image = self._images[number]
+        if image is None:
+            raise ValueError(f"query {self.task.query_id}: the prompt shows image {number}, but that item has none")
+        return image
+
+    def respond(self, parsed: ParsedTurn, turn: Turn) -> Observation | None:
+        """What the model sees after a turn that is no answer; `None` when it has had its last word."""
+        if self.calls_left == 0:
+            turn.valid = False if parsed.call else None
+            if self._warned:
+                return None
+            self._warned = True
+            return Observation(protocol.last_word(self.trajectory.num_candidates), [], False)
+        self.calls_left -= 1
+        if parsed.call is None:
+            return Observation(protocol.malformed_observation(parsed.problem or "nothing to act on"), [], False)
+        observation = self._tools.call(parsed.call.name, parsed.call.arguments)
+        turn.valid = observation.valid
+        return observation
+
+
+def _blank(task: AgentTask, seed: int) -> Trajectory:
+    count = len(task.candidates)
+    return Trajectory(
+        query_id=task.query_id,
+        num_candidates=count,
+        candidate_indices=list(range(count) if task.candidate_indices is None else task.candidate_indices),
+        preset=task.preset.to_dict(),
+        order=list(range(count)),
+        seed=seed,
+        sample=task.sample,
+    )
+
+
+def _failed(task: AgentTask, seed: int, error: Exception) -> Trajectory:
+    trajectory = _blank(task, seed)
+    trajectory.finish, trajectory.error = "error", str(error)
+    return trajectory
+
+
+def _cut_short(limit: int) -> ParsedTurn:
+    return ParsedTurn(
+        kind="malformed",
+        thought=None,
+        call=None,
+        answer=None,
+        problem=f"it did not end within {limit} tokens",
+        well_formed=False,
+    )
+
+
+def play(
+    engine: Engine,
+    tasks: Sequence[AgentTask],
+    sampling: Sampling | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> list[Trajectory]:
+    """
+    Plays all tasks and returns their trajectories in the order of the tasks.
+
+    Args:
+        engine (`Engine`):
+            Runs the model.
+        tasks (sequence of `AgentTask`):
+            What to play.
+        sampling (`Sampling`, *optional*):
+            How tokens are drawn; greedily by default.
+        on_event (`Callable[[Event], None]`, *optional*):
+            Called with each [`Event`] as it happens.
+    """
+    places = {id(task): place for place, task in enumerate(tasks)}
+    trajectories: dict[int, Trajectory] = {}
+    for task, trajectory in AgentLoop(engine, sampling, on_event).run(tasks):
+        trajectories[places[id(task)]] = trajectory
+    return [trajectories[place] for place in range(len(tasks))]

@@ -1,0 +1,148 @@
+"""Messages into token ids, with the pads of each picture in place.
+
+The prompt is rendered by the chat template; every later turn is appended to the ids that already stand, so what was
+sampled is never decoded and tokenised again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import chat_templates
+from .images import ImageRef, fit_size
+from .tools import Observation
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import ProcessorMixin
+
+    from .protocol import Preset
+
+MIN_IMAGE_TOKENS = 4
+MAX_IMAGE_TOKENS = 5120
+"""The released limits of one picture, in image tokens."""
+
+
+@dataclasses.dataclass
+class Encoded:
+    """
+    Tokens to append to a conversation.
+
+    Args:
+        token_ids (`list[int]`):
+            The tokens, each picture's pads expanded.
+        images (`list[PIL.Image.Image]`):
+            The pictures, at the size the model sees, in the order of their pads.
+        refs (`list[ImageRef]`):
+            The same pictures by reference.
+        text (`str`):
+            The rendered text, one pad a picture.
+    """
+
+    token_ids: list[int]
+    images: list[Image.Image]
+    refs: list[ImageRef]
+    text: str
+
+
+class Encoder:
+    """
+    Turns messages and observations into token ids for one model family.
+
+    Args:
+        processor (`ProcessorMixin`):
+            Processor of a Qwen2.5-VL or Qwen3-VL model. It gets this project's chat template.
+        family (`str`):
+            `config.model_type` of the model.
+    """
+
+    def __init__(self, processor: ProcessorMixin, family: chat_templates.Family):
+        chat_templates.apply_to(processor, family)
+        self.processor = processor
+        self.family = family
+        self.tokenizer = processor.tokenizer
+        image_processor = processor.image_processor
+        self.factor: int = image_processor.patch_size * image_processor.merge_size
+        """Sides of a picture are multiples of this many pixels; one image token covers a square of it."""
+        self.end_of_turn: int = self._special("<|im_end|>")
+        self.end_of_call: int = self._special("</tool_call>")
+        self.image_pad: int = self._special("<|image_pad|>")
+        self.stop_ids: list[int] = [self.end_of_turn, self._special("<|endoftext|>"), self.end_of_call]
+        self.suppressed_ids: list[int] = [
+            self._special(token) for token in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+        ]
+
+    def prompt(
+        self, messages: Sequence[dict[str, Any]], load_image: Callable[[int], Image.Image], preset: Preset
+    ) -> Encoded:
+        """
+        The opening of a conversation, up to where the model begins to write.
+
+        Args:
+            messages (sequence of `dict`):
+                From [`~protocol.build_messages`] or [`~protocol.messages_from_prompt`].
+            load_image (`Callable[[int], PIL.Image.Image]`):
+                Gives the picture of an image number, in its original size.
+            preset (`Preset`):
+                Says how many pixels a picture in the prompt may have.
+        """
+        refs, images = [], []
+        for number in [block["index"] for m in messages for block in m["content"] if block["type"] == "image"]:
+            original = load_image(number)
+            width, height = self.overview_size(original.size, preset)
+            refs.append(ImageRef(index=number, width=width, height=height))
+            images.append(refs[-1].render(original))
+        return self._encode(self._render(messages, add_generation_prompt=True), images, refs)
+
+    def observation(self, observation: Observation) -> Encoded:
+        """A user turn with what a tool returned, from the newline after the model's turn to where it writes again."""
+        blocks = [{"type": "text", "text": observation.text}] + [{"type": "image"} for _ in observation.images]
+        opening = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        before = self._render(opening)
+        after = self._render([*opening, {"role": "user", "content": blocks}], add_generation_prompt=True)
+        end = before.rindex("<|im_end|>") + len("<|im_end|>")
+        if not after.startswith(before):
+            raise ValueError("the chat template does not preserve prefixes, so turns cannot be appended to it")
+        return self._encode(after[end:], list(observation.images), list(observation.refs))
+
+    def overview_size(self, size: tuple[int, int], preset: Preset) -> tuple[int, int]:
+        """Width and height, in pixels, that a picture of `size` has in the prompt."""
+        limit = preset.overview_pixels or preset.inspect_pixels or MAX_IMAGE_TOKENS * self.factor**2
+        least = min(MIN_IMAGE_TOKENS * self.factor**2, limit)
+        return fit_size(*size, factor=self.factor, min_pixels=least, max_pixels=limit)
+
+    def image_tokens(self, ref: ImageRef) -> int:
+        """Number of pads that a picture takes."""
+        return (ref.width // self.factor) * (ref.height // self.factor)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The model's own text, control tokens left out but tags kept."""
+        ends = {self.end_of_turn, *self.stop_ids} - {self.end_of_call}
+        kept = [token for token in token_ids if token not in ends]
+        return self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def _encode(self, text: str, images: list[Image.Image], refs: list[ImageRef]) -> Encoded:
+        # The pads are put in as ids and never as text: one tokenisation of the pieces between them is enough.
+        pieces = text.split("<|image_pad|>")
+        if len(pieces) != len(refs) + 1:
+            raise ValueError(f"the rendered text has {len(pieces) - 1} pictures but {len(refs)} were given")
+        token_ids: list[int] = []
+        for piece, ref in zip(pieces, [*refs, None], strict=True):
+            token_ids += self.tokenizer.encode(piece, add_special_tokens=False)
+            if ref is not None:
+                token_ids += [self.image_pad] * self.image_tokens(ref)
+        return Encoded(token_ids=token_ids, images=images, refs=refs, text=text)
+
+    def _special(self, token: str) -> int:
+        ids = self.tokenizer.encode(token, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ValueError(f"the tokenizer has no single token for {token}; is this a {self.family} model?")
+        return ids[0]

@@ -1,0 +1,345 @@
+"""Runs a transformers model: rows join and leave the batch as they come and go, and each keeps its keys and values."""
+
+from __future__ import annotations
+
+import collections
+import time
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .. import chat_templates
+from ..encoding import Encoded, Encoder
+from ._slot_cache import SlotCache
+from .base import Engine, Sampling, Session, TurnResult
+
+
+class TransformersEngine(Engine):
+    """
+    Engine for Qwen2.5-VL and Qwen3-VL models in transformers.
+
+    Every conversation owns one row of the key-value cache from its first turn to its last; a later turn prefills only
+    what is new. Rows of different lengths decode together. A row that ends makes room at once for one that waits.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model, on its device and in its data type.
+        processor (`ProcessorMixin`):
+            Its processor.
+        max_sessions (`int`, *optional*, defaults to 16):
+            Most conversations in the batch; others wait. Memory for keys and values grows with it.
+        prefill_tokens (`int`, *optional*, defaults to 8192):
+            Most tokens, padding included, of one prefill batch. A longer single conversation is prefilled alone.
+
+    Example:
+
+    ```python
+    >>> from vretrver_hf.engines.transformers import TransformersEngine
+
+    >>> name = "V-Retrver/V-Retrver-7B"
+    >>> engine = TransformersEngine.from_pretrained(name, dtype="bfloat16", device="cuda")  # doctest: +SKIP
+    ```
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any, max_sessions: int = 16, prefill_tokens: int = 8192):
+        if max_sessions < 1:
+            raise ValueError(f"max_sessions must be positive, got {max_sessions}")
+        self.model = model.eval()
+        self.encoder = Encoder(processor, model.config.model_type)
+        self.max_sessions = max_sessions
+        self.prefill_tokens = prefill_tokens
+        self.max_length = model.config.get_text_config().max_position_embeddings
+        self._cache = SlotCache(model.config.get_text_config().num_hidden_layers, model.device)
+        self._rows: list[_Session] = []  # row i of the cache belongs to _rows[i]
+        self._waiting: collections.deque[_Session] = collections.deque()
+        self._flash = "flash" in (model.config.get_text_config()._attn_implementation or "")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        attn_implementation: str = "sdpa",
+        **kwargs: Any,
+    ) -> TransformersEngine:
+        """
+        Loads model and processor from the hub or a folder.
+
+        Args:
+            name (`str` or `Path`):
+                Hub id or folder.
+            revision (`str`, *optional*):
+                Branch, tag or commit on the hub.
+            subfolder (`str`, *optional*, defaults to `""`):
+                Folder inside the repository.
+            dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+                `"bfloat16"`, `"float32"`, …; `"auto"` takes the checkpoint's, and float32 on a CPU.
+            device (`str` or `torch.device`, *optional*):
+                Where to run; a GPU where there is one.
+            attn_implementation (`str`, *optional*, defaults to `"sdpa"`):
+                `"sdpa"`, `"eager"` or `"flash_attention_2"`.
+            kwargs:
+                Settings of the engine, see the class.
+
+        Raises:
+            `ValueError`: for a model family that has no chat template here.
+        """
+        source: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "trust_remote_code": False}
+        model_type = AutoConfig.from_pretrained(name, **source).model_type
+        if model_type not in chat_templates.families():
+            raise ValueError(f"{name} is a {model_type!r} model; supported are {chat_templates.families()}")
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype == "auto" and device.type == "cpu":
+            dtype = "float32"
+        # The image processor resizes nothing here, so the quick torchvision one gives the same pixels as any other.
+        processor = AutoProcessor.from_pretrained(name, **source)
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True, **source
+        )
+        return cls(model.to(device), processor, **kwargs)
+
+    def open(self, query_id: str = "", sample: int = 0) -> _Session:
+        return _Session(query_id, sample)
+
+    def submit(self, session: _Session, encoded: Encoded, sampling: Sampling) -> None:
+        if session.pending is not None or session.decoding:
+            raise RuntimeError("this conversation already waits for a turn")
+        if session.num_tokens + len(encoded.token_ids) + 1 > self.max_length:
+            raise ValueError(
+                f"the conversation would have {session.num_tokens + len(encoded.token_ids)} tokens but the model "
+                f"reads at most {self.max_length}; show fewer candidates or lower the pixel budgets"
+            )
+        session.pending = encoded
+        session.sampling = sampling
+        session.started = time.perf_counter()
+        session.random = session.generator(sampling.seed)
+        session.turn += 1
+        session.sampled, session.logprobs = [], []
+        self._waiting.append(session)
+
+    @torch.no_grad()
+    def poll(self) -> list[TurnResult]:
+        while True:
+            results = self._prefill()
+            if results:
+                return results
+            if not any(session.decoding for session in self._rows):
+                return []
+            results = self._decode()
+            if results:
+                return results
+
+    def close(self, session: _Session) -> None:
+        if session.pending is not None:
+            self._waiting.remove(session)
+            session.pending = None
+        session.decoding = False
+        if session.row is None:
+            return
+        # The last row moves into the gap, so that the rows in use stay together and a decode step needs no gather.
+        last = self._rows.pop()
+        if last is not session:
+            self._cache.move(last.row, session.row)
+            self._rows[session.row] = last
+            last.row = session.row
+        session.row = None
+
+    def _prefill(self) -> list[TurnResult]:
+        """Brings in waiting turns, as many at a time as fit, and samples each one's first token."""
+        results: list[TurnResult] = []
+        while batch := self._next_batch():
+            logits = self._forward_prefill(batch)
+            for session in batch:
+                session.decoding = True
+            results += self._sample(batch, logits)
+        return results
+
+    def _next_batch(self) -> list[_Session]:
+        batch: list[_Session] = []
+        longest = 0
+        for session in list(self._waiting):
+            length = len(session.pending.token_ids) + len(session.unread)
+            longest = max(longest, length)
+            full = longest * (len(batch) + 1) > self.prefill_tokens
+            if batch and (full or self._flash or (session.num_tokens > 0) != (batch[0].num_tokens > 0)):
+                break
+            if session.row is None:
+                if len(self._rows) == self.max_sessions:
+                    continue
+                session.row = len(self._rows)
+                self._rows.append(session)
+            self._waiting.remove(session)
+            batch.append(session)
+        return batch
+
+    def _forward_prefill(self, batch: list[_Session]) -> torch.Tensor:
+        """Logits (rows × vocabulary) behind each row's last new token."""
+        device = self.model.device
+        ids = [session.unread + session.pending.token_ids for session in batch]
+        past = [session.num_tokens - len(session.unread) for session in batch]
+        width = max(map(len, ids))
+        input_ids = torch.full((len(batch), width), self.encoder.end_of_turn)
+        position_ids = torch.zeros(3, len(batch), width, dtype=torch.long)
+        vision = self._vision_inputs([image for session in batch for image in session.pending.images])
+        grids = iter(vision.get("image_grid_thw", []))
+        for i, session in enumerate(batch):
+            count = len(ids[i])
+            input_ids[i, :count] = torch.tensor(ids[i])
+            own = [next(grids) for _ in session.pending.images]
+            positions = self._rope_positions(input_ids[i : i + 1, :count], own) + session.next_position
+            position_ids[:, i, :count] = positions
+            session.next_position = int(positions.max()) + 1
+            session.num_tokens = past[i] + count
+            session.unread, session.pending = [], None
+        starts = torch.tensor(past, device=device)
+        columns = starts[:, None] + torch.arange(width, device=device)
+        rows = torch.tensor([session.row for session in batch], device=device)
+        length = max(past) + width
+        fresh = max(past) == 0
+        self._cache.plan(rows, columns, length, fresh=fresh)
+        mask = None if fresh or self._flash else self._mask(columns, length)
+        hidden = self.model.model(
+            input_ids=input_ids.to(device),
+            mm_token_type_ids=(input_ids == self.encoder.image_pad).int().to(device),
+            position_ids=position_ids.to(device),
+            attention_mask=mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            **{name: value.to(device) for name, value in vision.items()},
+        ).last_hidden_state
+        ends = torch.tensor([len(row) - 1 for row in ids], device=device)
+        return self.model.lm_head(hidden[torch.arange(len(batch), device=device), ends])
+
+    def _decode(self) -> list[TurnResult]:
+        """One token for every row that is writing; the others in the batch carry a token that is never read."""
+        device = self.model.device
+        rows = len(self._rows)
+        tokens = torch.tensor([s.sampled[-1] if s.decoding else 0 for s in self._rows], device=device)
+        columns = torch.tensor([[session.num_tokens] for session in self._rows], device=device)
+        positions = torch.tensor([session.next_position for session in self._rows], device=device)
+        length = max(session.num_tokens for session in self._rows) + 1
+        self._cache.plan(None, columns, length)
+        hidden = self.model.model(
+            input_ids=tokens[:, None],
+            position_ids=positions[None, :, None].expand(3, rows, 1),
+            attention_mask=self._mask(columns, length),
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state
+        writing = [session for session in self._rows if session.decoding]
+        for session in writing:
+            session.unread = []
+            session.num_tokens += 1
+            session.next_position += 1
+        indices = torch.tensor([session.row for session in writing], device=device)
+        return self._sample(writing, self.model.lm_head(hidden[indices, -1]))
+
+    def _sample(self, sessions: list[_Session], logits: torch.Tensor) -> list[TurnResult]:
+        """Draws one token a row and returns the turns that it ended."""
+        logits = logits.float()
+        logits[:, self.encoder.suppressed_ids] = -torch.inf
+        groups: dict[Sampling, list[int]] = collections.defaultdict(list)
+        for i, session in enumerate(sessions):
+            groups[session.sampling].append(i)
+        for sampling, members in groups.items():
+            chosen, logprobs = _draw(logits[members], sampling, [sessions[i].random for i in members])
+            for i, token, logprob in zip(members, chosen.tolist(), logprobs.tolist(), strict=True):
+                sessions[i].sampled.append(token)
+                sessions[i].logprobs.append(logprob)
+                sessions[i].unread = [token]
+        return [result for session in sessions if (result := self._finished(session)) is not None]
+
+    def _finished(self, session: _Session) -> TurnResult | None:
+        token = session.sampled[-1]
+        full = session.num_tokens + 2 > self.max_length
+        if token == self.encoder.end_of_call:
+            stop = "call"
+        elif token in self.encoder.stop_ids:
+            stop = "end"
+        elif len(session.sampled) >= session.sampling.max_turn_tokens or full:
+            stop = "length"
+        else:
+            return None
+        session.decoding = False
+        # The last token has been sampled but not read: the next turn's prefill reads it first.
+        session.num_tokens += 1
+        return TurnResult(session, session.sampled, session.logprobs, stop, time.perf_counter() - session.started)
+
+    def _vision_inputs(self, images: list[Any]) -> dict[str, torch.Tensor]:
+        if not images:
+            return {}
+        # Sizes were fitted to the budget before, so resizing here could only disagree with the pads.
+        return dict(self.encoder.processor.image_processor(images, do_resize=False, return_tensors="pt"))
+
+    def _rope_positions(self, input_ids: torch.Tensor, grids: list[torch.Tensor]) -> torch.Tensor:
+        """Rotary positions (3 × tokens) of a piece of conversation, from 0; they add up, so pieces concatenate."""
+        types = (input_ids == self.encoder.image_pad).int()
+        grid = torch.stack(grids) if grids else None
+        positions, _ = self.model.model.get_rope_index(input_ids, mm_token_type_ids=types, image_grid_thw=grid)
+        return positions[:, 0]
+
+    def _mask(self, columns: torch.Tensor, length: int) -> torch.Tensor:
+        """What each new token may attend to: everything of its own row up to itself."""
+        allowed = torch.arange(length, device=columns.device) <= columns[..., None]
+        if self._flash:
+            return allowed[:, -1].int()
+        if self.model.config.get_text_config()._attn_implementation == "eager":
+            blocked = torch.finfo(self.model.dtype).min
+            return torch.where(allowed, 0.0, blocked).to(self.model.dtype)[:, None]
+        return allowed[:, None]
+
+
+class _Session(Session):
+    def __init__(self, query_id: str, sample: int):
+        super().__init__(query_id, sample)
+        self.row: int | None = None
+        self.next_position = 0
+        self.pending: Encoded | None = None
+        self.unread: list[int] = []
+        self.decoding = False
+        self.sampling = Sampling()
+        self.random = Random()
+        self.started = 0.0
+        self.sampled: list[int] = []
+        self.logprobs: list[float] = []
+
+
+def _draw(logits: torch.Tensor, sampling: Sampling, sources: list[Random]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and log-probabilities; each row draws from its own source, by inverting the cumulated distribution."""
+    if sampling.temperature == 0:
+        chosen = logits.argmax(-1)
+        return chosen, _logprob(logits, chosen)
+    scaled = TemperatureLogitsWarper(sampling.temperature)(None, logits)
+    warpers = LogitsProcessorList()
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    cumulated = warpers(None, scaled.clone()).double().softmax(-1).cumsum(-1)
+    draws = torch.tensor([[source.random()] for source in sources], dtype=torch.double, device=logits.device)
+    chosen = torch.searchsorted(cumulated, draws * cumulated[:, -1:], right=True)[:, 0]
+    chosen = chosen.clamp(max=logits.shape[-1] - 1)
+    return chosen, _logprob(scaled, chosen)
+
+
+def _logprob(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    return logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+
+
+__all__ = ["TransformersEngine"]

@@ -1,0 +1,294 @@
+"""A ranking as a web page: what was asked, what the model looked at and thought, and the order it came to."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+from collections.abc import Sequence
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from PIL import Image
+
+from .images import ImageRef, ItemError
+from .parsing import parse_turn
+from .protocol import Preset
+from .tools import VisualTools
+
+
+if TYPE_CHECKING:
+    from .items import Item
+    from .reranker import Ranking
+    from .trajectory import Trajectory, Turn
+
+# Longest sides of the embedded pictures, in pixels: beside a number, on a card, and as evidence.
+_ICON, _CARD, _EVIDENCE = 96, 256, 512
+_SHOWN = 288  # longest side of evidence on the page, in CSS pixels
+
+_STATUS = {
+    "ok": "Every answer named each of its candidates once.",
+    "repaired": "An answer was incomplete or repeated itself and was mended. No candidate was lost.",
+    "fallback": "At least one window had no usable answer, and its candidates kept the order they had.",
+}
+_FINISH = {
+    "no_answer": "It ended without an answer: calls and turns were used up.",
+    "length": "It ended without an answer: the context was full.",
+    "cancelled": "It was cancelled before it answered.",
+    "error": "It failed before it answered.",
+}
+
+
+def ranking_html(ranking: Ranking) -> str:
+    """
+    Renders a ranking with its evidence as one self-contained HTML page.
+
+    The page loads nothing and runs nothing: styles are inline and pictures are embedded, reduced. Whatever an item or
+    the model wrote is shown as text. A picture that can no longer be read is said to be missing.
+
+    Args:
+        ranking (`Ranking`):
+            What [`Reranker.rank`] returned.
+
+    Returns:
+        `str`: the page, to be written as UTF-8.
+    """
+    items = [ranking.query, *ranking.candidates]
+    cards = [_Card(number, item) for number, item in enumerate(items)]
+    windows = [_window(trajectory, cards) for trajectory in ranking.trajectories]
+    _fill_pictures(cards, [picture for window in windows for step in window.steps for picture in step.pictures])
+    template = _environment().get_template("trace.html.jinja")
+    page = template.render(
+        title=_shorten(ranking.query.text or "a picture"),
+        query=cards[0],
+        candidates=cards[1:],
+        windows=windows,
+        places=[_Place(rank, cards[index + 1]) for rank, index in enumerate(ranking.order, start=1)],
+        status=ranking.status,
+        status_text=_status_text(ranking),
+        costs=_costs(ranking.trajectories),
+    )
+    # An id may hold half a surrogate pair (a broken file name does), which no file can take.
+    return page.lstrip().encode("utf-8", "replace").decode("utf-8")
+
+
+@dataclasses.dataclass
+class _Card:
+    """The query (`number` 0) or a candidate (numbered from 1, in input order)."""
+
+    number: int
+    item: Item
+    icon: str | None = None
+    picture: str | None = None
+    size: tuple[int, int] | None = None
+    missing: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"candidate {self.number}" if self.number else "the query"
+
+    @property
+    def id(self) -> str | None:
+        """The caller's own id; one that was made of the position would only repeat it."""
+        return None if self.item.id == str(self.number - 1) else self.item.id
+
+    @property
+    def alt(self) -> str:
+        text = f": {_shorten(self.item.text)}" if self.item.text else ""
+        return f"Picture of {self.name}{text}"
+
+
+@dataclasses.dataclass
+class _Picture:
+    """A picture that a tool showed; for a region also the whole picture, with the region marked."""
+
+    card: _Card
+    label: str
+    ref: ImageRef
+    preset: Preset
+    requested: Any = None
+    seen: str | None = None
+    whole: str | None = None
+    asked_box: tuple[int, int, int, int] | None = None
+
+    def fill(self, image: Image.Image, reduced: Image.Image) -> None:
+        self.seen = _data_url(_reduce(self.ref.render(image), _EVIDENCE))
+        if self.ref.box is not None:
+            self.whole = _data_url(reduced)
+            self.asked_box = _asked_box(self.requested, image, self.preset)
+
+    @property
+    def seen_size(self) -> tuple[int, int]:
+        return _fit(self.ref.width, self.ref.height)
+
+    @property
+    def whole_size(self) -> tuple[int, int]:
+        return _fit(*self.card.size) if self.card.size else (0, 0)
+
+
+@dataclasses.dataclass
+class _Step:
+    """A turn of the model and what it was shown in return."""
+
+    thought: str | None
+    kind: str
+    headline: str
+    raw: str | None
+    note: str | None
+    reply: str | None
+    pictures: list[_Picture]
+
+
+@dataclasses.dataclass
+class _Window:
+    trajectory: Trajectory
+    shown: list[_Card]
+    steps: list[_Step]
+    ending: str | None
+    best_first: list[tuple[int, _Card]]
+
+    @property
+    def renumbered(self) -> bool:
+        """Whether the numbers that the model uses differ from the candidates' numbers on this page."""
+        return any(card.number != number for number, card in enumerate(self.shown, start=1))
+
+
+@dataclasses.dataclass
+class _Place:
+    rank: int
+    card: _Card
+
+    @property
+    def movement(self) -> str:
+        places = self.card.number - self.rank
+        return f"up {places}" if places > 0 else f"down {-places}" if places else "unmoved"
+
+
+def _window(trajectory: Trajectory, cards: Sequence[_Card]) -> _Window:
+    shown = [cards[index + 1] for index in trajectory.candidate_indices]
+    preset = Preset.from_dict(trajectory.preset)
+    turns = trajectory.turns
+    steps = []
+    for turn, following in zip(turns, [*turns[1:], None], strict=True):
+        if turn.role == "assistant":
+            observation = following if following is not None and following.role == "observation" else None
+            steps.append(_step(turn, observation, [cards[0], *shown], preset))
+    ending = None if trajectory.finish == "answer" else " ".join([_FINISH[trajectory.finish], trajectory.error or ""])
+    best_first = [(place + 1, shown[place]) for place in trajectory.order]
+    return _Window(trajectory, shown, steps, ending, best_first)
+
+
+def _step(turn: Turn, observation: Turn | None, numbered: Sequence[_Card], preset: Preset) -> _Step:
+    requested = ((turn.call or {}).get("arguments") or {}).get("bbox_2d")
+    pictures = [
+        _Picture(numbered[ref.index], _label(ref.index, numbered), ref, preset, requested)
+        for ref in (observation.images if observation else [])
+    ]
+    if turn.kind == "answer":
+        headline, raw = "Answers", parse_turn(turn.text).answer
+    elif turn.kind == "call":
+        headline, raw = _call_headline(turn, pictures), json.dumps(turn.call, ensure_ascii=False)
+    else:
+        headline, raw = "Writes a turn that cannot be used", turn.text  # its thought, if any, included
+    return _Step(
+        thought=None if turn.kind == "malformed" else turn.thought,
+        kind=turn.kind if turn.kind != "call" or turn.valid else "refused",
+        headline=headline,
+        raw=raw,
+        note=turn.problem,
+        reply=observation.text.strip() if observation and not pictures else None,
+        pictures=pictures,
+    )
+
+
+def _call_headline(turn: Turn, pictures: Sequence[_Picture]) -> str:
+    if not turn.valid or not pictures:
+        return "Makes a call that is not carried out"
+    names = [picture.label for picture in pictures]
+    listed = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
+    return f"Looks at a region of {listed}" if pictures[0].ref.box else f"Looks again at {listed}"
+
+
+def _label(number: int, numbered: Sequence[_Card]) -> str:
+    card = numbered[number]
+    return card.name if card.number == number else f"{card.name} (here number {number})"
+
+
+def _fill_pictures(cards: Sequence[_Card], evidence: Sequence[_Picture]) -> None:
+    """Decodes each original once and lets go of it before the next: only reduced pictures stay in memory."""
+    for card in cards:
+        if card.item.image is None:
+            continue
+        try:
+            image = card.item.load_image()
+        except ItemError as error:
+            card.missing = str(error)
+            continue
+        reduced = _reduce(image, _EVIDENCE)
+        card.size = image.size
+        card.icon = _data_url(_reduce(reduced, _ICON))
+        card.picture = _data_url(_reduce(reduced, _CARD) if card.number else reduced)
+        for picture in evidence:
+            if picture.card is card:
+                picture.fill(image, reduced)
+
+
+def _asked_box(requested: Any, image: Image.Image, preset: Preset) -> tuple[int, int, int, int] | None:
+    """The region that the model asked for, in pixels of the original: what the tool would show without its padding."""
+    unpadded = dataclasses.replace(preset, crop_padding=0.0)
+    tools = VisualTools(None, [image], preset=unpadded, factor=1, inspect_pixels=_ICON**2)
+    refs = tools.crop_image(requested, 1).refs
+    return refs[0].box if refs else None
+
+
+def _status_text(ranking: Ranking) -> str:
+    if ranking.error is not None:
+        return f"It failed: {ranking.error}"
+    return _STATUS[ranking.status] if ranking.trajectories else "There was nothing to compare, so no model ran."
+
+
+def _costs(trajectories: Sequence[Trajectory]) -> list[tuple[str, str]]:
+    calls = sum(trajectory.num_calls for trajectory in trajectories)
+    failed = calls - sum(trajectory.num_valid_calls for trajectory in trajectories)
+    written = sum(trajectory.num_sampled_tokens for trajectory in trajectories)
+    tokens = sum(trajectory.num_tokens for trajectory in trajectories)
+    return [
+        ("windows", str(len(trajectories))),
+        ("tool calls", f"{calls} ({failed} not carried out)" if failed else str(calls)),
+        ("tokens read", f"{tokens - written:,}"),
+        ("tokens written", f"{written:,}"),
+        ("seconds", f"{sum(trajectory.seconds for trajectory in trajectories):.1f}"),
+    ]
+
+
+def _reduce(image: Image.Image, side: int) -> Image.Image:
+    scale = min(1.0, side / max(image.size))
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.resize(size, reducing_gap=2.0)
+
+
+def _data_url(image: Image.Image) -> str:
+    buffer = BytesIO()
+    image.save(buffer, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _fit(width: int, height: int) -> tuple[int, int]:
+    scale = _SHOWN / max(width, height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _shorten(text: str, limit: int = 80) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("vretrver_hf", "assets"),
+        autoescape=True,  # for every template, whatever its suffix: items and model are not trusted
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

@@ -1,0 +1,462 @@
+"""`Reranker.rank(query, candidates)`: windows, trajectories and repairs behind one call."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from .agent import AgentLoop, AgentTask, Event
+from .engines.base import Engine, Sampling
+from .html import ranking_html
+from .images import ItemError
+from .items import Item, coerce_candidates, coerce_query
+from .protocol import Preset, get_preset
+from .trajectory import Trajectory
+from .windows import WindowWalk
+
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "reranker_config.json"
+"""File beside a model that says how it is to be played."""
+
+_WORSE = ("ok", "repaired", "fallback")
+
+
+@dataclasses.dataclass
+class Ranking:
+    """
+    The outcome for one query.
+
+    Args:
+        query (`Item`):
+            The query.
+        candidates (`list[Item]`):
+            The candidates in input order.
+        order (`list[int]`):
+            A permutation of `range(len(candidates))`, best first.
+        status (`str`):
+            `"ok"`, or the worst of its windows: `"repaired"` (an answer had to be completed) or `"fallback"` (a
+            window had no usable answer and keeps its order).
+        trajectories (`list[Trajectory]`):
+            One a window, in the order in which they were ranked; none where there was nothing to compare.
+        top_k (`int`, *optional*):
+            How many of the best `items` and `ids` list; all by default.
+        query_id (`str`, *optional*, defaults to `"0"`):
+            The query's id in a job.
+        error (`str`, *optional*):
+            Why the query failed, where errors are recorded instead of raised; its order is then the input order.
+    """
+
+    query: Item
+    candidates: list[Item]
+    order: list[int]
+    status: Literal["ok", "repaired", "fallback"]
+    trajectories: list[Trajectory]
+    top_k: int | None = None
+    query_id: str = "0"
+    error: str | None = None
+
+    @property
+    def items(self) -> list[Item]:
+        """The `top_k` best candidates, best first."""
+        return [self.candidates[index] for index in self.order[: self.top_k]]
+
+    @property
+    def ids(self) -> list[str]:
+        """Their ids; a candidate without one goes by its 0-based place in the input."""
+        return [str(item.id) for item in self.items]
+
+    @property
+    def num_calls(self) -> int:
+        """Tool calls over all windows."""
+        return sum(trajectory.num_calls for trajectory in self.trajectories)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens read and written over all windows."""
+        return sum(trajectory.num_tokens for trajectory in self.trajectories)
+
+    @property
+    def seconds(self) -> float:
+        """Sum of the turns' times over all windows."""
+        return sum(trajectory.seconds for trajectory in self.trajectories)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: order, ids, status, cost and the trajectories; pictures stay out."""
+        return {
+            "query_id": self.query_id,
+            "order": list(self.order),
+            "ids": self.ids,
+            "status": self.status,
+            "error": self.error,
+            "calls": self.num_calls,
+            "tokens": self.num_tokens,
+            "seconds": self.seconds,
+            "trajectories": [trajectory.to_dict() for trajectory in self.trajectories],
+        }
+
+    def save_html(self, path: str | Path) -> Path:
+        """Writes a self-contained page with every thought, call and crop, and the final order; returns its path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(ranking_html(self), encoding="utf-8")
+        return path
+
+
+class Reranker:
+    """
+    Ranks candidates (text, image or both) for a query with a vision-language model that can look closer.
+
+    Args:
+        engine (`Engine`):
+            Runs the model.
+        preset (`str` or `Preset`, *optional*, defaults to `"release"`):
+            The protocol that the model was trained on.
+        window (`int`, *optional*, defaults to 20):
+            Candidates that the model compares at a time.
+        stride (`int`, *optional*, defaults to 10):
+            Step from a window to the next.
+        sampling (`Sampling`, *optional*):
+            How tokens are drawn; greedily by default.
+        tools (`bool`, *optional*, defaults to `True`):
+            Whether the model may call tools.
+
+    Example:
+
+    ```python
+    >>> from vretrver_hf import Item, Reranker
+
+    >>> reranker = Reranker.from_pretrained()  # the bundled tiny model
+    >>> ranking = reranker.rank("a red apple", [Item(text="a green apple"), Item(text="red apple", id="x")])
+    >>> sorted(ranking.order)
+    [0, 1]
+
+    ```
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        preset: str | Preset = "release",
+        window: int = 20,
+        stride: int = 10,
+        sampling: Sampling | None = None,
+        tools: bool = True,
+    ):
+        self.engine = engine
+        self.preset = get_preset(preset)
+        self.window = window
+        self.stride = stride
+        self.sampling = sampling or Sampling()
+        self.tools = tools
+        WindowWalk(0, window, stride)  # refuses a window and a stride that do not go together, before any work
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path | None = None,
+        *,
+        engine: Literal["transformers"] = "transformers",
+        preset: str | Preset | None = None,
+        window: int | None = None,
+        stride: int | None = None,
+        sampling: Sampling | None = None,
+        tools: bool = True,
+        revision: str | None = None,
+        subfolder: str = "",
+        **engine_kwargs: Any,
+    ) -> Reranker:
+        """
+        Loads a model with the protocol it was trained on.
+
+        Args:
+            name (`str` or `Path`, *optional*):
+                Hub id or folder; the bundled tiny model by default.
+            engine (`str`, *optional*, defaults to `"transformers"`):
+                What runs it.
+            preset (`str` or `Preset`, *optional*):
+                Replaces the preset saved beside the model. A model without one is played as `"release"`, with a
+                warning.
+            window (`int`, *optional*), stride (`int`, *optional*), sampling (`Sampling`, *optional*):
+                Replace what is saved beside the model.
+            tools (`bool`, *optional*, defaults to `True`):
+                Whether the model may call tools.
+            revision (`str`, *optional*):
+                Branch, tag or commit on the hub.
+            subfolder (`str`, *optional*, defaults to `""`):
+                Folder inside the repository.
+            engine_kwargs:
+                Passed to the engine: `dtype`, `device`, `attn_implementation`, `max_sessions`, …
+
+        Raises:
+            `ValueError`: for an unknown engine or a model family without a chat template.
+        """
+        if engine != "transformers":
+            raise ValueError(f"unknown engine {engine!r}: choose 'transformers'")
+        from .engines.transformers import TransformersEngine
+
+        if name is None:
+            name = bundled_model()
+        config = _load_config(name, revision, subfolder)
+        if preset is None and "preset" not in config:
+            logger.warning("%s has no %s: playing it as preset 'release'", name, CONFIG_NAME)
+        if preset is None:
+            preset = Preset.from_dict(config["preset"]) if "preset" in config else "release"
+        return cls(
+            TransformersEngine.from_pretrained(name, revision=revision, subfolder=subfolder, **engine_kwargs),
+            preset=preset,
+            window=window if window is not None else config.get("window", 20),
+            stride=stride if stride is not None else config.get("stride", 10),
+            sampling=sampling or Sampling(**config.get("sampling", {})),
+            tools=tools,
+        )
+
+    def rank(
+        self,
+        query: Any,
+        candidates: Iterable[Any],
+        *,
+        top_k: int | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        query_id: str = "0",
+    ) -> Ranking:
+        """
+        Ranks the candidates for one query.
+
+        Args:
+            query (`Item`, `str`, `Path`, `PIL.Image.Image` or `dict`):
+                The query. A string that names a picture file is the picture.
+            candidates (iterable of the same):
+                The candidates.
+            top_k (`int`, *optional*):
+                How many of the best `ranking.items` and `ranking.ids` list.
+            on_event (`Callable[[Event], None]`, *optional*):
+                Called with each thought, call, observation, answer and window as it happens.
+            query_id (`str`, *optional*, defaults to `"0"`):
+                Names the query in trajectories; sampling depends on it.
+
+        Raises:
+            `ItemError`: before the model runs, naming the query or candidate that cannot be used and why.
+        """
+        *_, ranking = self.rank_stream(query, candidates, top_k=top_k, on_event=on_event, query_id=query_id)
+        return ranking
+
+    def rank_stream(
+        self,
+        query: Any,
+        candidates: Iterable[Any],
+        *,
+        top_k: int | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        query_id: str = "0",
+    ) -> Iterator[Event | Ranking]:
+        """
+        Like [`Reranker.rank`], but yields each [`Event`] as it happens and the [`Ranking`] last. Closing the iterator
+        stops the model.
+        """
+        job = _Job(query_id, coerce_query(query), coerce_candidates(candidates), self, top_k)
+        job.check()
+        events: list[Event] = []
+
+        def tell(event: Event) -> None:
+            events.append(event)
+            if on_event is not None:
+                on_event(event)
+
+        for ranking in self._drive([job], tell):
+            yield from events
+            events.clear()
+            if ranking is not None:
+                yield ranking
+
+    def rank_batch(
+        self,
+        pairs: Iterable[tuple[Any, Iterable[Any]]],
+        *,
+        top_k: int | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        on_error: Literal["raise", "record"] = "raise",
+        show_progress_bar: bool = False,
+    ) -> list[Ranking]:
+        """
+        Ranks many queries at once; windows of all of them share the model's batch, and each query advances on its own.
+
+        Args:
+            pairs (iterable of `tuple`):
+                Queries with their candidates, each as in [`Reranker.rank`]. Query ids are `"0"`, `"1"`, … in this
+                order.
+            top_k (`int`, *optional*):
+                As in [`Reranker.rank`].
+            on_event (`Callable[[Event], None]`, *optional*):
+                Called with each event of any query; `event.query_id` says whose.
+            on_error (`str`, *optional*, defaults to `"raise"`):
+                `"record"` gives a query with an unusable item a ranking in input order whose `error` says why.
+            show_progress_bar (`bool`, *optional*, defaults to `False`):
+                Shows a bar that counts queries.
+
+        Returns:
+            `list[Ranking]`: one a query, in their order.
+        """
+        from tqdm.auto import tqdm
+
+        jobs = self._jobs(pairs, top_k, on_error)
+        rankings: dict[str, Ranking] = {}
+        total = len(pairs) if isinstance(pairs, Sequence) else None
+        with tqdm(total=total, unit="query", disable=not show_progress_bar) as bar:
+            for ranking in self._drive(jobs, on_event):
+                if ranking is not None:
+                    rankings[ranking.query_id] = ranking
+                    bar.update()
+        return [rankings[str(index)] for index in range(len(rankings))]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Saves model, processor and the protocol's settings; [`Reranker.from_pretrained`] plays them as here."""
+        model = getattr(self.engine, "model", None)
+        if model is None:
+            raise ValueError(f"{type(self.engine).__name__} holds no model that could be saved")
+        folder = Path(folder)
+        model.save_pretrained(folder)
+        self.engine.encoder.processor.save_pretrained(folder)
+        save_config(folder, self.preset, self.window, self.stride, self.sampling)
+
+    def _jobs(
+        self, pairs: Iterable[tuple[Any, Iterable[Any]]], top_k: int | None, on_error: Literal["raise", "record"]
+    ) -> Iterator[_Job]:
+        for index, (query, candidates) in enumerate(pairs):
+            job = None
+            try:
+                job = _Job(str(index), coerce_query(query), coerce_candidates(candidates), self, top_k)
+                job.check()
+            except ItemError as error:
+                if on_error == "raise":
+                    raise ItemError(f"query {index}: {error}") from error
+                job = job or _Job(str(index), Item(text="(unusable)"), [], self, top_k)
+                job.error = str(error)
+            yield job
+
+    def _drive(self, jobs: Iterable[_Job], on_event: Callable[[Event], None] | None) -> Iterator[Ranking | None]:
+        """Walks every job through its windows; yields after each step of the loop, a ranking or `None`."""
+        loop = AgentLoop(self.engine, self.sampling, on_event)
+        waiting = iter(jobs)
+        open_jobs: dict[str, _Job] = {}
+        exhausted = False
+        try:
+            while True:
+                while not exhausted and loop.num_active < self.engine.max_sessions:
+                    job = next(waiting, None)
+                    if job is None:
+                        exhausted = True
+                    elif self._submit_window(job, loop, on_event):
+                        open_jobs[job.query_id] = job
+                    else:
+                        yield job.ranking()
+                if not loop.num_active:
+                    return
+                for task, trajectory in loop.step():
+                    job = open_jobs[task.query_id]
+                    job.merge(trajectory)
+                    if not self._submit_window(job, loop, on_event):
+                        del open_jobs[job.query_id]
+                        yield job.ranking()
+                yield None
+        finally:
+            loop.cancel()
+
+    def _submit_window(self, job: _Job, loop: AgentLoop, on_event: Callable[[Event], None] | None) -> bool:
+        indices = job.next_window()
+        if indices is None:
+            return False
+        if on_event is not None:
+            on_event(Event("window", job.query_id, order=tuple(indices)))
+        loop.submit(
+            AgentTask(
+                query=job.query,
+                candidates=[job.candidates[index] for index in indices],
+                preset=self.preset,
+                query_id=job.query_id,
+                candidate_indices=indices,
+                tools=self.tools,
+            )
+        )
+        return True
+
+
+def bundled_model() -> Path:
+    """Folder of the tiny model that comes with the package."""
+    folder = Path(str(resources.files(__package__))) / "assets" / "vretrver-tiny"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"the bundled model is missing from {folder}; install the package again")
+    return folder
+
+
+def save_config(folder: str | Path, preset: Preset, window: int, stride: int, sampling: Sampling) -> None:
+    """Writes `reranker_config.json`, which says how the model in `folder` is to be played."""
+    config = {
+        "preset": preset.to_dict(),
+        "window": window,
+        "stride": stride,
+        "sampling": dataclasses.asdict(sampling),
+    }
+    Path(folder, CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _load_config(name: str | Path, revision: str | None, subfolder: str) -> dict[str, Any]:
+    from transformers.utils import cached_file
+
+    path = cached_file(
+        str(name),
+        CONFIG_NAME,
+        revision=revision,
+        subfolder=subfolder,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+class _Job:
+    """One query on its way through its windows."""
+
+    def __init__(self, query_id: str, query: Item, candidates: list[Item], reranker: Reranker, top_k: int | None):
+        self.query_id = query_id
+        self.query = query
+        self.candidates = candidates
+        self.trajectories: list[Trajectory] = []
+        self.error: str | None = None
+        self._top_k = top_k
+        self._walk = WindowWalk(len(candidates), reranker.window, reranker.stride)
+
+    def check(self) -> None:
+        """Reads every picture once, so that a bad one is known before the model runs. Pixels are not kept."""
+        for name, item in [("query", self.query), *((f"candidate {i}", c) for i, c in enumerate(self.candidates, 1))]:
+            if item.image is not None:
+                item.load_image(name=name)
+
+    def next_window(self) -> list[int] | None:
+        # One candidate needs no comparison.
+        return self._walk.next() if len(self.candidates) > 1 and self.error is None else None
+
+    def merge(self, trajectory: Trajectory) -> None:
+        self.trajectories.append(trajectory)
+        self._walk.merge(trajectory.order)
+        self.error = self.error or trajectory.error
+
+    def ranking(self) -> Ranking:
+        statuses = [trajectory.status for trajectory in self.trajectories]
+        return Ranking(
+            query=self.query,
+            candidates=self.candidates,
+            order=self._walk.order,
+            status=max(statuses, key=_WORSE.index, default="fallback" if self.error else "ok"),
+            trajectories=self.trajectories,
+            top_k=self._top_k,
+            query_id=self.query_id,
+            error=self.error,
+        )
