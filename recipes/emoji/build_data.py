@@ -1,0 +1,161 @@
+"""
+Build the data of the worked example: fetch the art by package name, slim, render, draw the evaluation examples.
+
+    python recipes/emoji/build_data.py --out recipes/emoji/data --seed 0
+
+Run it again and it does only what is missing. On a machine without a network, bring the archive:
+
+    python recipes/emoji/build_data.py --out recipes/emoji/data --from-archive art.zip
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from art import ARTISTS, SIZE, SOURCES, TWIN_TOLERANCE, Art, fetch, packages, read_member, render_artist, slim
+from concepts import Concept, load_concepts
+from sheets import draw_sheet
+from tasks import SPLITS, TASKS, Example, make_examples, pictures
+
+
+STEPS = ("fetch", "slim", "render", "examples")
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("recipes/emoji/data"),
+    seed: Annotated[int, typer.Option(help="Seed of the evaluation examples.")] = 0,
+    num_examples: Annotated[int, typer.Option(help="Evaluation examples a task and split.")] = 1000,
+    from_archive: Annotated[Path | None, typer.Option(help="Start from this art.zip; nothing is fetched.")] = None,
+    steps: Annotated[str, typer.Option(help="Which steps to run, separated by commas.")] = ",".join(STEPS),
+    sheet: Annotated[Path | None, typer.Option(help="Also draw one contact sheet a task into this folder.")] = None,
+) -> None:
+    """Fetch, slim, render and draw examples. What is there already and still fits is kept."""
+    wanted = [step.strip() for step in steps.split(",")]
+    if unknown := set(wanted) - set(STEPS):
+        raise typer.BadParameter(f"unknown steps {sorted(unknown)}; choose among {', '.join(STEPS)}")
+    out.mkdir(parents=True, exist_ok=True)
+    if from_archive is not None:
+        take_archive(from_archive, out)
+    else:
+        if "fetch" in wanted and not archive_is_current(out):
+            fetch(out / "cache", log=typer.echo)
+        if "slim" in wanted:
+            make_archive(out)
+    if "render" in wanted:
+        for artist in ARTISTS:
+            render_missing(out, artist)
+    if "examples" in wanted:
+        write_examples(out, seed, num_examples)
+    if sheet is not None:
+        write_sheets(out, seed, sheet)
+
+
+def archive_is_current(out: Path) -> bool:
+    """Whether `out` holds an archive made from exactly the pinned packages."""
+    archive = out / "art.zip"
+    pinned = {f"{package.name}@{package.version}": package.sha256 for package in packages()}
+    return archive.exists() and read_member(archive, "manifest.json")["packages"] == pinned
+
+
+def take_archive(source: Path, out: Path) -> None:
+    """Copy an archive made elsewhere into `out`, unless it is there already."""
+    if not source.is_file():
+        raise typer.BadParameter(f"{source} is not a file")
+    target = out / "art.zip"
+    if not target.exists() or target.read_bytes() != source.read_bytes():
+        shutil.copyfile(source, target)
+    typer.echo(f"archive  {source}")
+
+
+def make_archive(out: Path) -> None:
+    """Slim the fetched packages to `art.zip`, unless it is there and current."""
+    if archive_is_current(out):
+        typer.echo("archive  up to date")
+        return
+    counts = slim(out / "cache", out / "art.zip")
+    typer.echo(f"archive  {sum(counts.values())} drawings, {(out / 'art.zip').stat().st_size / 1e6:.1f} MB")
+
+
+def render_missing(out: Path, artist: str) -> None:
+    """Render one artist, unless the same drawings were rendered before in the same way."""
+    manifest_path = out / "images" / "manifest.json"
+    manifest = json.loads(manifest_path.read_text()) if manifest_path.exists() else {}
+    drawings = json.dumps(read_member(out / "art.zip", f"svg/{artist}.json"))
+    key = hashlib.sha256(f"{SIZE} {TWIN_TOLERANCE} {drawings}".encode()).hexdigest()
+    if manifest.get(artist) == key:
+        typer.echo(f"render   {artist}: up to date")
+        return
+    start = time.perf_counter()
+    count = render_artist(out / "art.zip", artist, out / "images")
+    manifest[artist] = key
+    manifest_path.write_text(json.dumps(manifest, indent=1))
+    typer.echo(f"render   {artist}: {count} pictures in {time.perf_counter() - start:.0f} s")
+
+
+def write_examples(out: Path, seed: int, num_examples: int) -> None:
+    """Write `examples/<task>.<split>.jsonl` for every test split, and `summary.md`; drawing anew takes seconds."""
+    art, concepts = Art.load(out), load_concepts(out)
+    folder = out / "examples"
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for split in SPLITS[1:]:
+        for task in TASKS:
+            examples = make_examples(art, concepts, task, split, num_examples, seed)
+            lines = (json.dumps(example.to_dict(), ensure_ascii=False) for example in examples)
+            (folder / f"{task}.{split}.jsonl").write_text("\n".join(lines) + "\n")
+            rows.append(_example_row(task, split, examples))
+    summary = f"{_picture_table(art, concepts)}\n\n{_table(_EXAMPLE_HEADER, rows)}\n"
+    (out / "summary.md").write_text(summary)
+    typer.echo(f"\n{summary}")
+
+
+def write_sheets(out: Path, seed: int, folder: Path) -> None:
+    """Draw one contact sheet a task, test splits mixed."""
+    art, concepts = Art.load(out), load_concepts(out)
+    for task in TASKS:
+        examples = []
+        for split in SPLITS[1:]:
+            examples += make_examples(art, concepts, task, split, 3, seed)
+        draw_sheet(art, examples, folder / f"{task}.png")
+        typer.echo(f"sheet    {folder / f'{task}.png'}")
+
+
+_EXAMPLE_HEADER = (
+    "task",
+    "split",
+    "examples",
+    "variant negatives",
+    "neighbour negatives",
+    "other negatives",
+    "chance",
+)
+
+
+def _example_row(task: str, split: str, examples: list[Example]) -> tuple:
+    grades = [grade for example in examples for grade in example.relevance if grade < 3]
+    shares = (f"{100 * grades.count(grade) / len(grades):.0f} %" for grade in (2, 1, 0))
+    return (task, split, len(examples), *shares, f"{100 / len(examples[0].candidates):.0f} %")
+
+
+def _picture_table(art: Art, concepts: dict[str, Concept]) -> str:
+    by_split = {split: [artist for artist, _ in pictures(art, concepts, split)] for split in SPLITS}
+    rows = [
+        (artist, SOURCES[artist].license, len(art.codes[artist]), *(by_split[split].count(artist) for split in SPLITS))
+        for artist in art.codes
+    ]
+    return _table(("artist", "licence", "pictures", *SPLITS), rows)
+
+
+def _table(header: tuple, rows: list[tuple]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)
