@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import numpy as np
 import pytest
 from PIL import Image

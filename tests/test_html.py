@@ -8,7 +8,7 @@ from io import BytesIO
 import pytest
 from PIL import Image, ImageDraw
 
-from vretrver_hf.html import ranking_html
+from vretrver_hf.html import ranking_html, rankings_html
 from vretrver_hf.items import Item
 from vretrver_hf.parsing import parse_ranking, parse_turn
 from vretrver_hf.protocol import format_answer, format_call, format_turn, get_preset, last_word, malformed_observation
@@ -343,3 +343,51 @@ class TestFewOrMissing:
         candidates = [Item(image=noise) for _ in range(50)]
         text = ranking_html(make_ranking(QUERY, candidates, [answer(*range(1, 51))]))
         assert len(text) < 5 * 2**20
+
+
+class TestSeveral:
+    @pytest.fixture
+    def rankings(self):
+        look = call("crop_image", bbox_2d=[100, 100, 300, 300], target_image=2)
+        return [make_ranking(QUERY, CANDIDATES, [look, answer(*order)]) for order in ((2, 3, 1), (3, 1, 2))]
+
+    def test_right_and_wrong(self, rankings):
+        """The second candidate fits both queries; the second ranking has it last of three."""
+        page = Page(rankings_html(rankings, title="Two queries", positives=[1, 1]))
+        assert "Two queries 1 of 2 right" in page.words
+        assert "Right: candidate 2, which fits the query, came first." in page.words
+        assert "Wrong: candidate 2, which fits the query, came only at place 3." in page.words
+
+    def test_without_known_answers_nothing_is_judged(self, rankings):
+        page = Page(rankings_html(rankings))
+        assert "Ranking 1" in page.words and "Ranking 2" in page.words
+        assert "right" not in page.words.lower() and "wrong" not in page.words.lower()
+
+    def test_each_has_its_evidence_and_links_lead_to_it(self, rankings):
+        page = Page(rankings_html(rankings, headings=["first", "second"]))
+        ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+        assert len(ids) == len(set(ids)) == 8  # two articles of three parts
+        assert {found["href"][1:] for found in page.find("a")} == set(ids)
+        assert len(page.find("svg")) == 2 and page.words.count("Final order") == 4  # in the links and as headings
+
+    def test_headings_go_down_one_level_at_a_time(self, rankings):
+        for text in (ranking_html(rankings[0]), rankings_html(rankings)):
+            levels = [int(tag[1]) for tag, _ in Page(text).elements if tag in ("h1", "h2", "h3", "h4")]
+            assert levels[0] == 1 and levels.count(1) == 1
+            assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+
+    def test_loads_and_runs_nothing(self, rankings):
+        nasty = TestUntrustedWords.NASTY
+        rankings.append(make_ranking(Item(text=nasty), CANDIDATES, [answer(1, 2, 3)]))
+        page = Page(rankings_html(rankings, title=nasty, headings=[nasty] * 3))
+        assert not page.find("script")
+        assert all(found["src"].startswith("data:image/webp") for found in page.find("img"))
+        assert "default-src 'none'" in page.find("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
+
+    @pytest.mark.parametrize("short", [{"headings": ["one"]}, {"positives": [0]}])
+    def test_one_each(self, rankings, short):
+        with pytest.raises(ValueError):
+            rankings_html(rankings, **short)
+
+    def test_none(self):
+        assert "Rankings" in Page(rankings_html([])).words

@@ -54,23 +54,69 @@ def ranking_html(ranking: Ranking) -> str:
     Returns:
         `str`: the page, to be written as UTF-8.
     """
-    items = [ranking.query, *ranking.candidates]
-    cards = [_Card(number, item) for number, item in enumerate(items)]
-    windows = [_window(trajectory, cards) for trajectory in ranking.trajectories]
-    _fill_pictures(cards, [picture for window in windows for step in window.steps for picture in step.pictures])
-    template = _environment().get_template("trace.html.jinja")
-    page = template.render(
-        title=_shorten(ranking.query.text or "a picture"),
-        query=cards[0],
-        candidates=cards[1:],
-        windows=windows,
-        places=[_Place(rank, cards[index + 1]) for rank, index in enumerate(ranking.order, start=1)],
-        status=ranking.status,
-        status_text=_status_text(ranking),
-        costs=_costs(ranking.trajectories),
-    )
-    # An id may hold half a surrogate pair (a broken file name does), which no file can take.
-    return page.lstrip().encode("utf-8", "replace").decode("utf-8")
+    view = _view(ranking)
+    return _render("trace.html.jinja", title=f"Ranking for {_shorten(ranking.query.text or 'a picture')}", view=view)
+
+
+def rankings_html(
+    rankings: Sequence[Ranking],
+    *,
+    title: str = "Rankings",
+    headings: Sequence[str] | None = None,
+    positives: Sequence[int] | None = None,
+) -> str:
+    """
+    Renders several rankings, each with its evidence, as one self-contained HTML page with an overview in front.
+
+    Args:
+        rankings (sequence of `Ranking`):
+            What [`Reranker.rank`] returned.
+        title (`str`, *optional*, defaults to `"Rankings"`):
+            Title of the page.
+        headings (sequence of `str`, *optional*):
+            What each ranking is called; `"Ranking 1"` and so on by default.
+        positives (sequence of `int`, *optional*):
+            0-based index of each query's right candidate. The page then says which rankings have it first.
+
+    Returns:
+        `str`: the page, to be written as UTF-8.
+
+    Raises:
+        `ValueError`: if `headings` or `positives` are not one for each ranking.
+    """
+    headings = headings if headings is not None else [f"Ranking {number + 1}" for number in range(len(rankings))]
+    rights = positives if positives is not None else [None] * len(rankings)
+    views = [_view(*each) for each in zip(rankings, headings, rights, strict=True)]
+    score = None
+    if positives is not None:
+        score = f"{sum(view.verdict == 'right' for view in views)} of {len(views)} right"
+    return _render("rankings.html.jinja", title=title, views=views, score=score)
+
+
+@dataclasses.dataclass
+class _View:
+    """A ranking as the templates show it."""
+
+    heading: str
+    query: _Card
+    candidates: list[_Card]
+    windows: list[_Window]
+    places: list[_Place]
+    status: str
+    status_text: str
+    costs: list[tuple[str, str]]
+    right: _Place | None = None
+
+    @property
+    def verdict(self) -> str:
+        return "" if self.right is None else "right" if self.right.rank == 1 else "wrong"
+
+    @property
+    def verdict_text(self) -> str:
+        if self.right is None:
+            return ""
+        place = "first" if self.right.rank == 1 else f"only at place {self.right.rank}"
+        return f"{self.verdict.capitalize()}: {self.right.card.name}, which fits the query, came {place}."
 
 
 @dataclasses.dataclass
@@ -163,6 +209,24 @@ class _Place:
     def movement(self) -> str:
         places = self.card.number - self.rank
         return f"up {places}" if places > 0 else f"down {-places}" if places else "unmoved"
+
+
+def _view(ranking: Ranking, heading: str = "", positive: int | None = None) -> _View:
+    cards = [_Card(number, item) for number, item in enumerate([ranking.query, *ranking.candidates])]
+    windows = [_window(trajectory, cards) for trajectory in ranking.trajectories]
+    _fill_pictures(cards, [picture for window in windows for step in window.steps for picture in step.pictures])
+    places = [_Place(rank, cards[index + 1]) for rank, index in enumerate(ranking.order, start=1)]
+    return _View(
+        heading=heading,
+        query=cards[0],
+        candidates=cards[1:],
+        windows=windows,
+        places=places,
+        status=ranking.status,
+        status_text=_status_text(ranking),
+        costs=_costs(ranking.trajectories),
+        right=None if positive is None else places[ranking.order.index(positive)],
+    )
 
 
 def _window(trajectory: Trajectory, cards: Sequence[_Card]) -> _Window:
@@ -282,6 +346,12 @@ def _fit(width: int, height: int) -> tuple[int, int]:
 def _shorten(text: str, limit: int = 80) -> str:
     line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _render(template: str, **values: Any) -> str:
+    page = _environment().get_template(template).render(**values)
+    # An id may hold half a surrogate pair (a broken file name does), which no file can take.
+    return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def _environment() -> jinja2.Environment:

@@ -204,12 +204,13 @@ class Reranker:
         if name is None:
             name = bundled_model()
         config = _load_config(name, revision, subfolder)
+        loaded = TransformersEngine.from_pretrained(name, revision=revision, subfolder=subfolder, **engine_kwargs)
         if preset is None and "preset" not in config:
             logger.warning("%s has no %s: playing it as preset 'release'", name, CONFIG_NAME)
         if preset is None:
             preset = Preset.from_dict(config["preset"]) if "preset" in config else "release"
         return cls(
-            TransformersEngine.from_pretrained(name, revision=revision, subfolder=subfolder, **engine_kwargs),
+            loaded,
             preset=preset,
             window=window if window is not None else config.get("window", 20),
             stride=stride if stride is not None else config.get("stride", 10),

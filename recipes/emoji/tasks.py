@@ -161,16 +161,26 @@ class ExampleMaker:
         task (`str`): One of `TASKS`.
         split (`str`): One of `SPLITS`.
         num_candidates (`int`, *optional*, defaults to 5): Candidates a query, the positive included.
+        hardness (`float`, *optional*, defaults to 1.0): Factor of the shares of hard negatives; 0 draws all at random.
 
     Raises:
         ValueError: Unknown task or split, or no picture is left to ask for.
     """
 
-    def __init__(self, art: Art, concepts: dict[str, Concept], task: str, split: str, num_candidates: int = 5) -> None:
+    def __init__(
+        self,
+        art: Art,
+        concepts: dict[str, Concept],
+        task: str,
+        split: str,
+        num_candidates: int = 5,
+        hardness: float = 1.0,
+    ) -> None:
         if task not in TASKS or split not in SPLITS:
             raise ValueError(f"task {task!r} must be one of {TASKS} and split {split!r} one of {SPLITS}")
         self.art, self.concepts, self.task, self.split = art, concepts, task, split
         self.num_candidates = num_candidates
+        self.hardness = hardness
         self._pools = _Pools(art, concepts, _negative_codes(concepts, split))
         self._tags = _rare_tags(concepts)
         self._positives = [
@@ -260,9 +270,9 @@ class ExampleMaker:
         pools, chosen = self._pools, []
         for _ in range(self.num_candidates - 1):
             kind, other = rng.random(), None
-            if kind < SAME_BASE:
+            if kind < self.hardness * SAME_BASE:
                 other = _draw_fair(pools.base[artist, concept.base], concept, banned, rng, ignore, tags)
-            if other is None and kind < SAME_BASE + SAME_SUBGROUP:
+            if other is None and kind < self.hardness * (SAME_BASE + SAME_SUBGROUP):
                 other = _draw_fair(pools.subgroup[artist, concept.subgroup], concept, banned, rng, ignore, tags)
             if other is None:
                 other = _draw_fair(pools.all[artist], concept, banned, rng, ignore, tags, tries=200)

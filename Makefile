@@ -1,0 +1,40 @@
+# make demo      install into .venv and watch the bundled model rank pictures
+# make test      the tests
+# make quality   style of the code
+# make build     sdist and wheel, into dist/
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+.PHONY: demo test quality build clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/vretrver demo $(ARGS)
+
+# Models in tests are so small that a second thread only waits for the first.
+test: $(VENV)/.installed-test
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+quality: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+build: $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet build
+	$(VENV)/bin/python -m build
+
+clean:
+	rm -rf $(VENV) build dist outputs
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Installed again whenever the requirements change.
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@

@@ -1,0 +1,217 @@
+"""Examples into cases: what stands in the prompt, and how each picture is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from art import SIZE, Art
+from concepts import Concept, caption
+from PIL import Image
+from preset import OVERVIEW_PIXELS, PRESET
+from rows import FACTOR, Picture
+from tasks import Example
+
+from vretrver_hf.images import ImageRef, fit_size
+from vretrver_hf.items import Item
+from vretrver_hf.protocol import Preset, build_messages, image_numbers
+from vretrver_hf.tools import VisualTools
+
+
+_ORIGINAL_SIDES = (168, 168, 168, 252, 336, 512)
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """
+    A stored picture, posing as an original of any size and shape.
+
+    Args:
+        row (`int`):
+            Its place in the table of all stored pictures.
+        box (`tuple[float, float, float, float]`, *optional*):
+            What the original shows of it, in stored pixels; beyond its edges all is white. The whole by default.
+        size (`tuple[int, int]`, *optional*):
+            Width and height of the original in pixels.
+    """
+
+    row: int
+    box: tuple[float, float, float, float] = (0, 0, SIZE, SIZE)
+    size: tuple[int, int] = (SIZE, SIZE)
+
+    def shown(self, ref: ImageRef) -> Picture:
+        """The original as `ref` shows it."""
+        left, top, right, bottom = ref.box or (0, 0, *self.size)
+        across, down = (self.box[2] - self.box[0]) / self.size[0], (self.box[3] - self.box[1]) / self.size[1]
+        x, y = self.box[:2]
+        box = (x + left * across, y + top * down, x + right * across, y + bottom * down)
+        return Picture(self.row, box, (ref.width, ref.height))
+
+    def within(self, max_pixels: int) -> Picture:
+        """The whole original, as large as a budget of pixels allows."""
+        size = fit_size(*self.size, factor=FACTOR, min_pixels=4 * FACTOR**2, max_pixels=max_pixels)
+        return self.shown(ImageRef(0, *size))
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """A query or a candidate: text, a picture or both, and what it means, where that is known."""
+
+    text: str | None = None
+    view: View | None = None
+    concept: Concept | None = None
+
+    @functools.cached_property
+    def item(self) -> Item:
+        """The protocol's item; its picture is blank, since only its size matters until pixels are rendered."""
+        return Item(text=self.text, image=None if self.view is None else _blank(self.view.size))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """
+    One query with its candidates.
+
+    Args:
+        query (`Side`):
+            The query.
+        candidates (`list[Side]`):
+            The candidates, in prompt order.
+        relevance (`list[int]`):
+            Of each candidate, higher is better; the best is alone at its grade.
+        overview_pixels (`int`, *optional*):
+            Most pixels of a picture in the prompt.
+    """
+
+    query: Side
+    candidates: list[Side]
+    relevance: list[int]
+    overview_pixels: int = OVERVIEW_PIXELS
+
+    @property
+    def order(self) -> list[int]:
+        """Candidates from best to worst, 0-based; those of one grade by number."""
+        return sorted(range(len(self.candidates)), key=lambda place: (-self.relevance[place], place))
+
+    @property
+    def sides(self) -> list[Side]:
+        """The query and the candidates, by the number of their pictures."""
+        return [self.query, *self.candidates]
+
+    def messages(self, preset: Preset = PRESET, tools: bool = True) -> list[dict[str, Any]]:
+        """The opening of the conversation."""
+        return build_messages(self.query.item, [side.item for side in self.candidates], preset, tools)
+
+    def pictures(self, messages: Sequence[dict[str, Any]]) -> list[Picture]:
+        """The pictures of those opening messages."""
+        return [self.sides[number].view.within(self.overview_pixels) for number in image_numbers(messages)]
+
+    def tools(self, preset: Preset = PRESET) -> VisualTools:
+        """The visual tools over pictures of these sizes."""
+        images = [None if side.view is None else _blank(side.view.size) for side in self.sides]
+        return VisualTools(images[0], images[1:], preset=preset, factor=FACTOR)
+
+
+class CaseMaker:
+    """
+    Makes cases out of examples.
+
+    Args:
+        art (`Art`):
+            The pictures.
+        concepts (`dict[str, Concept]`):
+            What they show.
+    """
+
+    def __init__(self, art: Art, concepts: dict[str, Concept]):
+        self.art, self.concepts = art, concepts
+        self.first_rows, rows = {}, 0
+        for artist, codes in art.codes.items():
+            self.first_rows[artist] = rows
+            rows += len(codes)
+        self._meaning = {words: concept for concept in concepts.values() for words in concept.captions}
+
+    def row(self, artist: str, code: str) -> int:
+        """Place of a picture in the table that holds all artists' pictures one after another."""
+        return self.first_rows[artist] + self.art.row(artist, code)
+
+    def plain(self, example: Example) -> Case:
+        """The example as it is, each picture whole and square: for evaluation."""
+        return self._make(example, lambda artist, code: View(self.row(artist, code)))
+
+    def varied(
+        self, example: Example, rng: random.Random, shape: tuple[int, int] = (1, 1), mixed: float = 0.1
+    ) -> Case:
+        """
+        The example with pictures of varied size and framing, for training.
+
+        Args:
+            example (`Example`):
+                What is asked.
+            rng (`random.Random`):
+                Source of chance.
+            shape (`tuple[int, int]`, *optional*, defaults to `(1, 1)`):
+                Width and height of the pictures in proportion.
+            mixed (`float`, *optional*, defaults to 0.1):
+                Share of cases in which some pictures give way to, or are joined by, text.
+        """
+        case = self._make(example, lambda artist, code: draw_view(self.row(artist, code), shape, rng))
+        if example.task != "i2t" and rng.random() < mixed:
+            case = _mix(case, rng)
+        return case
+
+    def _make(self, example: Example, look: Any) -> Case:
+        def side(value: str | tuple[str, str]) -> Side:
+            if isinstance(value, str):
+                return Side(text=value, concept=self._meaning.get(value))
+            return Side(view=look(*value), concept=self.concepts[value[1]])
+
+        query = Side(text=example.query_text) if example.query_image is None else side(example.query_image)
+        return Case(query, [side(value) for value in example.candidates], list(example.relevance))
+
+
+def draw_view(row: int, shape: tuple[int, int], rng: random.Random) -> View:
+    """
+    A stored picture in a frame of some shape, a little off centre and off scale.
+
+    Args:
+        row (`int`):
+            Its place in the table of all stored pictures.
+        shape (`tuple[int, int]`):
+            Width and height in proportion.
+        rng (`random.Random`):
+            Source of chance.
+    """
+    # Whole pixels and few of them, so that many pictures of a batch share one resizing matrix.
+    grow = right = down = 0
+    if rng.random() < 0.6:
+        grow, right, down = rng.randint(-8, 8), rng.randint(-6, 6), rng.randint(-6, 6)
+    short = min(shape)
+    wide, high = (SIZE * side // short for side in shape)
+    x, y = (wide - SIZE) // 2, (high - SIZE) // 2
+    box = (right - grow - x, down - grow - y, SIZE + right + grow + x, SIZE + down + grow + y)
+    side = rng.choice(_ORIGINAL_SIDES)
+    return View(row, box, (side * wide // SIZE, side * high // SIZE))
+
+
+def _mix(case: Case, rng: random.Random) -> Case:
+    """Some candidates as text, some as both; in a third of the cases all as text."""
+    text_share, both_share = rng.choice(((1.0, 0.0), (0.4, 0.3), (0.0, 1.0)))
+
+    def change(side: Side) -> Side:
+        draw = rng.random()
+        if draw < text_share:
+            return Side(caption(side.concept, rng), None, side.concept)
+        if draw < text_share + both_share:
+            return Side(caption(side.concept, rng), side.view, side.concept)
+        return side
+
+    return dataclasses.replace(case, candidates=[change(side) for side in case.candidates])
+
+
+@functools.lru_cache(maxsize=256)
+def _blank(size: tuple[int, int]) -> Image.Image:
+    return Image.new("RGB", size, "white")

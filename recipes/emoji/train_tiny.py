@@ -1,0 +1,464 @@
+"""Trains `vretrver-tiny` from scratch: an ordinary Qwen2.5-VL of 12 million weights, on openly licensed drawings.
+
+Stage 0 trains everything on captions and on choices among candidates. SFT then teaches the protocol on whole
+trajectories, vision tower frozen. The clock is the schedule: each stage ends when its minutes are over, the learning
+rate falls with the time that is left, and the last weights are always saved.
+
+    python recipes/emoji/build_data.py …
+    python recipes/emoji/tokenizer.py --out recipes/emoji/data/processor
+    python recipes/emoji/train_tiny.py --out outputs/tiny --minutes 9 all
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from art import TEST_ARTIST
+from model import fused_norms, make_model, num_parameters, target_losses, tiny_config
+from play import Player, interval
+from preset import MAX_TURN_TOKENS, PRESET, STRIDE, WINDOW
+from rows import Batch
+from stages import MATCH_WEIGHT, Feed, Source
+from torch import Tensor
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from vretrver_hf.engines.base import Sampling
+from vretrver_hf.reranker import save_config
+
+
+EVALUATIONS = (
+    ("t2i", "test_combination"),
+    ("i2i", "test_concept"),
+    ("i2t", "test_combination"),
+    ("t2i", "test_artist"),
+    ("i2i", "test_artist"),
+    ("i2t", "test_artist"),
+)
+SHARD = "14MB"
+CHOICES_MINUTES, CONVERSATIONS_MINUTES = 0.25, 0.75
+"""Time that is kept free for the evaluations."""
+PRINT_SECONDS, CHECKPOINT_SECONDS = 5.0, 60.0
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """
+    How a stage is trained.
+
+    Args:
+        stage (`str`):
+            `"stage0"` or `"sft"`.
+        minutes (`float`):
+            Wall-clock time of its training.
+        lr (`float`):
+            Highest learning rate.
+        warmup (`float`, *optional*, defaults to 0.03):
+            Share of the time in which the rate rises.
+        weight_decay (`float`, *optional*, defaults to 0.05):
+            For matrices only.
+        max_steps (`int`, *optional*):
+            Ends the stage earlier.
+    """
+
+    stage: str
+    minutes: float
+    lr: float
+    warmup: float = 0.03
+    weight_decay: float = 0.05
+    max_steps: int | None = None
+
+    def rate(self, progress: float) -> float:
+        """Learning rate when `progress` of the time has passed: a linear rise, then half a cosine down to nothing."""
+        if progress < self.warmup:
+            return self.lr * progress / self.warmup
+        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - self.warmup) / (1 - self.warmup))))
+
+
+class Trainer:
+    """
+    Trains one stage against the clock.
+
+    Args:
+        model (`Qwen2_5_VLForConditionalGeneration`):
+            The model, in fp32 on its device.
+        table (`Tensor`):
+            All stored pictures, on the same device.
+        plan (`Plan`):
+            How to train.
+        checkpoint (`Path`, *optional*):
+            File for what a resumed run needs.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2_5_VLForConditionalGeneration,
+        table: Tensor,
+        plan: Plan,
+        checkpoint: Path | None = None,
+    ):
+        self.model, self.table, self.plan, self.checkpoint = model, table, plan, checkpoint
+        self.device = table.device
+        self.step, self.spent = 0, 0.0
+        model.model.visual.requires_grad_(plan.stage == "stage0")
+        self.optimizer = _make_optimizer(model, plan, self.device)
+
+    def resume(self) -> bool:
+        """Continues from the checkpoint, if there is one; the time that was spent counts."""
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return False
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.spent = state["step"], state["spent"]
+        return True
+
+    def train(self, batches: Iterator[list[Batch]]) -> list[float]:
+        """
+        Trains until the time is over.
+
+        Args:
+            batches (iterator of `list[Batch]`):
+                Each step's rows, in parts.
+
+        Returns:
+            `list[float]`: the mean loss of each interval between two prints.
+        """
+        plan, begun = self.plan, time.monotonic() - self.spent
+        meter, history = _Meter(self.device), []
+        saved = self.spent
+        self.model.train()
+        while plan.max_steps is None or self.step < plan.max_steps:
+            self.spent = time.monotonic() - begun
+            if self.spent >= 60 * plan.minutes:
+                break
+            progress = self.spent / (60 * plan.minutes)
+            rate = plan.rate(progress)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self._step(next(batches), meter)
+            self.step += 1
+            if meter.seconds > PRINT_SECONDS:
+                history.append(meter.report(plan.stage, progress, self.step, rate))
+            if self.spent - saved > CHECKPOINT_SECONDS:
+                self.save()
+                saved = self.spent
+        if meter.steps:
+            history.append(meter.report(plan.stage, 1.0, self.step, 0.0))
+        self.save()
+        return history
+
+    def save(self) -> None:
+        """Writes the checkpoint."""
+        if self.checkpoint is None:
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "spent": self.spent,
+        }
+        partial = self.checkpoint.with_suffix(".part")
+        torch.save(state, partial)
+        partial.replace(self.checkpoint)
+
+    def _step(self, parts: list[Batch], meter: _Meter) -> None:
+        total = float(sum(part.weights.sum() for part in parts))
+        for part in parts:
+            batch = part.to(self.device)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+                losses, logits = target_losses(self.model, batch, self.table, augment=self.plan.stage == "stage0")
+            loss = (losses * batch.weights).sum() / total
+            loss.backward()
+            meter.add(batch, losses.detach(), logits.detach(), loss.detach())
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        meter.steps += 1
+
+
+class _Meter:
+    """Running figures between two prints; kept on the device, so that no step waits for them."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._reset()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._begun
+
+    def add(self, batch: Batch, losses: Tensor, logits: Tensor, loss: Tensor) -> None:
+        right = logits.argmax(-1) == batch.ids.flatten()[batch.targets]
+        chosen, matched = batch.weights > MATCH_WEIGHT, batch.weights == MATCH_WEIGHT
+        counts = (right & chosen, chosen, right & matched, matched)
+        self._sums += torch.stack([loss, *(count.sum() for count in counts)]).double()
+        self.rows += len(batch.ids)
+        self.tokens += batch.ids.numel()
+
+    def report(self, stage: str, progress: float, step: int, rate: float) -> float:
+        loss, hits, chosen, fits, matched = self._sums.tolist()
+        loss /= self.steps
+        seconds = self.seconds
+        print(
+            f"{stage:6s} {progress:6.1%}  step {step:5d}  loss {loss:.4f}  choices {hits / max(1, chosen):6.2%}  "
+            f"matches {fits / max(1, matched):6.2%}  "
+            f"lr {rate:.2e}  {self.rows / seconds:7.0f} rows/s  {self.tokens / seconds / 1e6:.2f} M tokens/s",
+            flush=True,
+        )
+        self._reset()
+        return loss
+
+    def _reset(self) -> None:
+        self._sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        self.steps = self.rows = self.tokens = 0
+        self._begun = time.monotonic()
+
+
+def save_model(model: Qwen2_5_VLForConditionalGeneration, processor_dir: Path, out: Path) -> None:
+    """
+    Writes what `Reranker.from_pretrained` loads: bf16 weights, tokenizer, processor, chat template and preset.
+
+    Args:
+        model (`Qwen2_5_VLForConditionalGeneration`):
+            The model; it stays as it is.
+        processor_dir (`Path`):
+            Folder of the processor.
+        out (`Path`):
+            Folder to write.
+    """
+    state = {name: value.to("cpu", torch.bfloat16) for name, value in model.state_dict().items()}
+    copy = Qwen2_5_VLForConditionalGeneration._from_config(model.config, dtype=torch.bfloat16)
+    copy.load_state_dict(state)
+    copy.generation_config = model.generation_config
+    copy.save_pretrained(out, max_shard_size=SHARD)
+    AutoProcessor.from_pretrained(processor_dir).save_pretrained(out)
+    save_config(out, PRESET, WINDOW, STRIDE, Sampling(max_turn_tokens=MAX_TURN_TOKENS))
+
+
+def load_table(source: Source, device: torch.device) -> Tensor:
+    """All artists' pictures one after another, uint8, (pictures, height, width, 3)."""
+    artists = list(source.art.codes)
+    return torch.cat([torch.from_numpy(np.array(source.art.pixels(artist))).to(device) for artist in artists])
+
+
+class Run:
+    """
+    What the stages of one command share: the clock, the pictures, the workers and the model.
+
+    Args:
+        out (`Path`):
+            Folder for the model, its checkpoints and the table of results.
+        source (`Source`):
+            Makes the rows.
+        minutes (`float`):
+            Wall-clock time of everything, from now on.
+        workers (`int`):
+            Processes that make rows.
+        evaluate (`int`):
+            Cases of each evaluation; 0 skips it.
+        resume (`bool`):
+            Whether stages go on from their checkpoints.
+        max_steps (`int`, *optional*):
+            Ends each stage earlier.
+        device (`torch.device`):
+            Where to train.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        source: Source,
+        minutes: float,
+        workers: int,
+        evaluate: int,
+        resume: bool,
+        max_steps: int | None,
+        device: torch.device,
+    ):
+        self.out, self.source, self.evaluate, self.resume, self.max_steps = out, source, evaluate, resume, max_steps
+        self._end = time.monotonic() + 60 * minutes
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.feed = Feed(source, workers)  # its workers are forked, so before anything touches the device
+        if device.type == "cuda":
+            _reserve_memory(device)
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, slowly, for each shape of a batch
+        self.table = load_table(source, device)
+        tokenizer = AutoProcessor.from_pretrained(source.processor).tokenizer
+        self.model = make_model(tiny_config(tokenizer), source.seed).to(device)
+        print(f"{num_parameters(self.model):,} weights, {len(self.table):,} pictures, {workers} workers, {device}")
+        self.results: list[dict] = []
+
+    def minutes_left(self, reserve: float = 0.0) -> float:
+        """Minutes until the end, less a reserve for what comes after."""
+        return max(0.0, (self._end - time.monotonic()) / 60 - (reserve if self.evaluate else 0.0))
+
+    def load(self, folder: Path) -> None:
+        """Takes the weights of a saved model."""
+        loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        self.model.load_state_dict(loaded.state_dict())
+
+    def train(self, plan: Plan, batch_size: int, name: str) -> None:
+        """Trains a stage and saves the model under `name`."""
+        trainer = Trainer(self.model, self.table, plan, self.out / f"checkpoint-{plan.stage}.pt")
+        if self.resume and trainer.resume():
+            print(f"{plan.stage}: going on after step {trainer.step}, {trainer.spent / 60:.1f} minutes")
+        trainer.train(self.feed.batches(plan.stage, batch_size, trainer.step))
+        save_model(self.model, self.source.processor, self.out / name)
+
+    def test_choices(self) -> None:
+        """Evaluates direct answers."""
+        player = Player(self.model.eval(), self.table, self.source)
+        for task, split in self._evaluations():
+            count = 1000 if self.table.is_cuda else self.evaluate
+            share = player.choices(self.source.evaluation(task, split, count))
+            self._record("stage0", task, split, round(share * count), count)
+
+    def test_conversations(self) -> None:
+        """Evaluates whole conversations."""
+        player = Player(self.model.eval(), self.table, self.source)
+        for task, split in self._evaluations():
+            if self.minutes_left() == 0:
+                print(f"no time left to evaluate {task}, {split}")
+                continue
+            cases = self.source.evaluation(task, split, self.evaluate)
+            outcomes = player.play(cases)
+            right = sum(outcome.order[0] == case.order[0] for outcome, case in zip(outcomes, cases, strict=True))
+            self._record(
+                "sft",
+                task,
+                split,
+                right,
+                len(cases),
+                calls=sum(outcome.calls for outcome in outcomes) / len(cases),
+                valid=sum(outcome.valid_calls for outcome in outcomes) / max(1, sum(o.calls for o in outcomes)),
+                ok=sum(outcome.status == "ok" for outcome in outcomes) / len(cases),
+            )
+            print(f"--- {task}, {split}, first case, asked {cases[0].query.text!r}")
+            print(outcomes[0].text.strip(), flush=True)
+
+    def close(self) -> None:
+        """Ends the workers, writes the results and prints them as a table."""
+        self.feed.close()
+        (self.out / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
+        print(
+            f"{'after':7s} {'task':5s} {'split':17s} {'n':>5s} {'R@1':>7s}  {'95 % interval':15s} calls  valid     ok"
+        )
+        for row in self.results:
+            more = f"{row['calls']:5.2f} {row['valid']:6.1%} {row['ok']:6.1%}" if "calls" in row else ""
+            low, high = row["interval"]
+            print(
+                f"{row['after']:7s} {row['task']:5s} {row['split']:17s} {row['n']:5d} {row['r1']:7.1%}  "
+                f"{low:6.1%} .. {high:6.1%} {more}"
+            )
+
+    def _evaluations(self) -> list[tuple[str, str]]:
+        artists = self.source.art.codes
+        return [(t, s) for t, s in EVALUATIONS if self.evaluate and (s != "test_artist" or TEST_ARTIST in artists)]
+
+    def _record(self, after: str, task: str, split: str, right: int, count: int, **more: float) -> None:
+        row = {"after": after, "task": task, "split": split, "n": count, "r1": right / count}
+        self.results.append({**row, "interval": interval(right, count), **more})
+
+
+@app.callback()
+def prepare(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Folder for the model, its checkpoints and the results.")],
+    data: Annotated[Path, typer.Option(help="Folder that build_data.py filled.")] = Path("recipes/emoji/data"),
+    processor: Annotated[Path | None, typer.Option(help="Folder that tokenizer.py filled; DATA/processor.")] = None,
+    minutes: Annotated[float, typer.Option(help="Wall-clock minutes of the command, evaluation included.")] = 9.0,
+    workers: Annotated[int, typer.Option(help="Processes that make rows.")] = max(1, (os.cpu_count() or 2) - 2),
+    evaluate: Annotated[int, typer.Option(help="Conversations of each evaluation; 0 skips them all.")] = 400,
+    seed: Annotated[int, typer.Option(help="Seed of the first weights and of all draws.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoints in OUT.")] = False,
+    max_steps: Annotated[int | None, typer.Option(help="End each stage after so many steps at the latest.")] = None,
+    device: Annotated[str, typer.Option(help="Where to train; cuda where there is one, else cpu.")] = "",
+) -> None:
+    source = Source(data, processor or data / "processor", seed)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.set_float32_matmul_precision("high")
+    context.obj = lambda: Run(out, source, minutes, workers, evaluate, resume, max_steps, where)
+
+
+Rate = Annotated[float, typer.Option(help="Highest learning rate.")]
+Size = Annotated[int, typer.Option(help="Rows of a step.")]
+
+
+@app.command()
+def stage0(context: typer.Context, batch_size: Size = 512, lr: Rate = 1e-3) -> None:
+    """Trains everything from scratch on captions and choices; writes OUT/stage0."""
+    with fused_norms():
+        run = context.obj()
+        minutes = run.minutes_left(CHOICES_MINUTES)
+        run.train(Plan("stage0", minutes, lr, max_steps=run.max_steps), batch_size, "stage0")
+        run.test_choices()
+        run.close()
+
+
+@app.command()
+def sft(
+    context: typer.Context,
+    base: Annotated[Path, typer.Option(help="Model to start from, as stage0 wrote it.")],
+    batch_size: Size = 256,
+    lr: Rate = 5e-4,
+) -> None:
+    """Teaches the protocol on whole trajectories, vision tower frozen; writes OUT/model."""
+    with fused_norms():
+        run = context.obj()
+        run.load(base)
+        minutes = run.minutes_left(CONVERSATIONS_MINUTES)
+        run.train(Plan("sft", minutes, lr, max_steps=run.max_steps), batch_size, "model")
+        run.test_conversations()
+        run.close()
+
+
+@app.command(name="all")
+def both(
+    context: typer.Context,
+    share: Annotated[float, typer.Option(help="Share of the training time that stage 0 gets.")] = 0.68,
+    stage0_batch_size: Size = 512,
+    stage0_lr: Rate = 1e-3,
+    sft_batch_size: Size = 256,
+    sft_lr: Rate = 5e-4,
+) -> None:
+    """Both stages in one go; writes OUT/stage0 and OUT/model."""
+    with fused_norms():
+        run = context.obj()
+        minutes = share * run.minutes_left(CHOICES_MINUTES + CONVERSATIONS_MINUTES)
+        run.train(Plan("stage0", minutes, stage0_lr, max_steps=run.max_steps), stage0_batch_size, "stage0")
+        run.test_choices()
+        minutes = run.minutes_left(CONVERSATIONS_MINUTES)
+        run.train(Plan("sft", minutes, sft_lr, max_steps=run.max_steps), sft_batch_size, "model")
+        run.test_conversations()
+        run.close()
+
+
+def _reserve_memory(device: torch.device, share: float = 0.8) -> None:
+    """Takes memory in one piece for PyTorch's cache: batches differ in shape, and asking for each is slow."""
+    free, _ = torch.cuda.mem_get_info(device)
+    torch.empty(int(share * free), dtype=torch.uint8, device=device)
+
+
+def _make_optimizer(model: torch.nn.Module, plan: Plan, device: torch.device) -> torch.optim.AdamW:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": plan.weight_decay},
+        {"params": [weight for weight in weights if weight.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
+
+
+if __name__ == "__main__":
+    app()

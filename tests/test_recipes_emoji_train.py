@@ -1,0 +1,590 @@
+"""The worked example's training: its tokenizer, its rows, its quick way through the model, and its loop."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "emoji"
+sys.path.insert(0, str(RECIPE))
+
+from art import ARTISTS, SIZE, TEST_ARTIST, write_archive  # noqa: E402
+from cases import View  # noqa: E402
+from concepts import parse_concepts  # noqa: E402
+from model import (  # noqa: E402
+    embed,
+    encode_pictures,
+    fused_norms,
+    make_model,
+    num_parameters,
+    patches_of,
+    render_group,
+    target_losses,
+    tiny_config,
+)
+from play import Player, interval  # noqa: E402
+from preset import MAX_TURN_TOKENS, PRESET  # noqa: E402
+from rows import Picture, PictureGroup, RowMaker, by_length, collate, token_positions  # noqa: E402
+from stages import Feed, Source  # noqa: E402
+from tokenizer import SPECIAL_TOKENS, VISIBLE_TOKENS, make_processor, make_tokenizer, merges_of  # noqa: E402
+from train_tiny import Plan, Trainer, load_table, save_model  # noqa: E402
+from trajectories import Oracle  # noqa: E402
+
+from vretrver_hf.encoding import Encoder  # noqa: E402
+from vretrver_hf.images import ImageRef  # noqa: E402
+from vretrver_hf.parsing import parse_turn  # noqa: E402
+from vretrver_hf.protocol import format_answer, format_call  # noqa: E402
+
+
+# A small vocabulary by hand: all bytes, then merges in the order of their ranks.
+MERGED = (" a", "ca", "an", "in", " ca", " can", "on", "\nC", "di", "da", "date", "th", " cand", " image", '{"', "er")
+TONES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
+JOBS = {"scientist": "1F52C", "cook": "1F373", "farmer": "1F33E", "judge": "2696"}
+ANIMALS = ("dog", "cat", "fox", "lion", "tiger", "horse", "zebra", "cow", "pig", "goat")
+GROUPS = {
+    "groups": {"1": "people-body", "3": "animals-nature"},
+    "subgroups": {"25": "person-role", "34": "animal-mammal"},
+}
+
+
+def _ranks(limit: int | None = None) -> dict[bytes, int]:
+    """Ranks of which each joins two lower ones: a word of `MERGED` is reached by merging from the left."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for word in MERGED:
+        data = word.encode()
+        for end in range(2, len(data) + 1):
+            ranks.setdefault(data[:end], len(ranks))
+    return {token: rank for token, rank in ranks.items() if limit is None or rank < limit}
+
+
+def _emojibase() -> list[dict]:
+    entries = []
+    for head, gender in (("1F9D1", ""), ("1F468", "man "), ("1F469", "woman ")):
+        for job, code in JOBS.items():
+            label = gender + job
+            skins = [
+                {"label": f"{label}: tone {n}", "hexcode": f"{head}-{tone}-200D-{code}", "tone": n}
+                for n, tone in enumerate(TONES, start=1)
+            ]
+            entries.append(
+                {"label": label, "hexcode": f"{head}-200D-{code}", "group": 1, "subgroup": 25, "skins": skins}
+            )
+    for number, animal in enumerate(ANIMALS):
+        entries.append({"label": animal, "hexcode": f"{0x1F414 + number:X}", "group": 3, "subgroup": 34})
+    return entries
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A data folder with two artists' drawings of coloured blocks."""
+    folder = tmp_path_factory.mktemp("data")
+    entries = _emojibase()
+    codes = sorted(parse_concepts(entries, GROUPS))
+    members = {"manifest.json": {"packages": {}}, "emojibase/data.json": entries, "emojibase/groups.json": GROUPS}
+    write_archive(folder / "art.zip", members | {f"svg/{artist}.json": dict.fromkeys(codes, "") for artist in ARTISTS})
+    (folder / "images").mkdir()
+    for seed, artist in enumerate((*ARTISTS[:2], TEST_ARTIST)):
+        blocks = np.random.default_rng(seed).integers(0, 256, (len(codes), 6, 6, 3), dtype=np.uint8)
+        np.save(folder / "images" / f"{artist}.npy", blocks.repeat(SIZE // 6, 1).repeat(SIZE // 6, 2))
+        (folder / "images" / f"{artist}.json").write_text(json.dumps(codes))
+        (folder / "images" / f"{artist}.twins.json").write_text("[]")
+    make_processor(_ranks()).save_pretrained(folder / "processor")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(data) -> Source:
+    source = Source(data, data / "processor")
+    source.prepare()
+    return source
+
+
+@pytest.fixture(scope="module")
+def table(source) -> torch.Tensor:
+    return load_table(source, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def processor(data):
+    return AutoProcessor.from_pretrained(data / "processor")
+
+
+@pytest.fixture(scope="module")
+def model(processor) -> Qwen2_5_VLForConditionalGeneration:
+    toy = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+    }
+    model = make_model(tiny_config(processor.tokenizer, **toy)).eval()
+    with torch.no_grad():  # fresh weights are so small that mistakes would hide
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight *= 3
+    return model
+
+
+def _trajectories(source: Source, count: int, seed: int = 0):
+    """Cases with the oracle's conversations about them, all tasks in turn."""
+    rng = random.Random(seed)
+    for number in range(count):
+        task = ("t2i", "i2i", "i2t")[number % 3]
+        (example,) = source._examples[task].make(1, seed + number)
+        case = source.cases.varied(example, rng, mixed=0.3)
+        yield case, *source.oracle.play(case, rng)
+
+
+def _pixels(table: torch.Tensor, picture: Picture) -> Image.Image:
+    group = PictureGroup.of([picture], [np.zeros(picture.num_tokens, np.int64)])
+    return Image.fromarray(render_group(_tensors(group), table)[0].permute(1, 2, 0).to(torch.uint8).numpy())
+
+
+def _tensors(group: PictureGroup) -> PictureGroup:
+    values = (torch.from_numpy(value) for name, value in vars(group).items() if name != "size")
+    return PictureGroup(group.size, *(value if value.is_floating_point() else value.long() for value in values))
+
+
+def _plain_inputs(processor, table, row) -> dict[str, torch.Tensor]:
+    """What the plain model takes for one row, its pictures through the plain image processor."""
+    ids = torch.from_numpy(row.ids).long()[None]
+    images = [_pixels(table, picture) for picture in row.pictures]
+    inputs = {"input_ids": ids, "mm_token_type_ids": (ids == processor.image_token_id).int()}
+    return inputs | dict(processor.image_processor(images, return_tensors="pt")) if images else inputs
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def test_merges_join_the_two_parts_that_lower_ranks_leave():
+    ranks = {b"a": 0, b"b": 1, b"c": 2, b"ab": 3, b"abc": 4, b"bc": 5}
+    # "abc" (4) is made of "ab" (3) and "c"; "bc" (5) comes too late to matter for it
+    assert merges_of(ranks) == [(b"a", b"b"), (b"ab", b"c"), (b"b", b"c")]
+
+
+def test_a_rank_of_three_parts_is_refused():
+    with pytest.raises(ValueError, match="joins more than two parts"):
+        merges_of({b"a": 0, b"b": 1, b"c": 2, b"abc": 3})  # no rank makes "ab" or "bc"
+
+
+def test_control_tokens_are_single_and_calls_stay_visible(processor):
+    tokenizer = processor.tokenizer
+    for token in SPECIAL_TOKENS + VISIBLE_TOKENS:
+        assert tokenizer.tokenize(f"a{token}b") == ["a", token, "b"]
+    text = "<tool_call>x</tool_call><|im_end|>"
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == "<tool_call>x</tool_call>"
+    assert len(tokenizer.tokenize("<think>")) > 1
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+
+
+def test_saved_processor_has_the_budgets_and_the_template(processor):
+    size = processor.image_processor.size
+    assert (size["shortest_edge"], size["longest_edge"]) == (56 * 56, PRESET.inspect_pixels)
+    assert (processor.image_processor.patch_size, processor.image_processor.merge_size) == (14, 2)
+    assert "<think>" not in processor.tokenizer.get_vocab()
+    assert processor.tokenizer.chat_template == processor.chat_template
+
+
+_FULL, _CUT = make_tokenizer(_ranks()), make_tokenizer(_ranks(limit=270))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text())
+def test_any_text_survives_the_round_trip(text):
+    # The real vocabulary normalises to NFC, so only text that is NFC already comes back as it was.
+    normal = _CUT.backend_tokenizer.normalizer.normalize_str(text)
+    assert _CUT.decode(_CUT.encode(text), clean_up_tokenization_spaces=False) == normal
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from([*MERGED, "x", " ", "é"])).map("".join))
+def test_ids_agree_with_the_whole_vocabulary_where_its_merges_lie_below_the_cut(text):
+    whole = _FULL.encode(text)
+    if all(token < 270 for token in whole):
+        assert _CUT.encode(text) == whole
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_equal_the_chat_template(source, processor):
+    encoder = Encoder(processor, "qwen2_5_vl")
+    for case, messages, pictures in _trajectories(source, 24):
+        row = source.rows.row(messages, pictures)
+        refs = [ImageRef(0, *picture.size) for picture in pictures]
+        images = [Image.new("RGB", picture.size) for picture in pictures]
+        # TRL and the agent loop get the same ids as the template's rendering ...
+        encoded = encoder._encode(encoder._render(messages), images, refs)
+        assert row.ids.tolist() == encoded.token_ids
+        # ... and so does plain transformers.
+        text = processor.apply_chat_template(messages, tokenize=False)
+        plain = processor(text=[text], images=images or None)
+        assert row.ids.tolist() == list(plain["input_ids"][0])
+        assert len(case.candidates) >= 2
+
+
+def test_the_mask_is_what_the_model_samples(source, processor):
+    kinds = set()
+    for _, messages, pictures in _trajectories(source, 60, seed=5):
+        row = source.rows.row(messages, pictures)
+        learned = processor.tokenizer.decode(row.ids[row.weights > 0], clean_up_tokenization_spaces=False)
+        expected = ""
+        for message in messages:
+            if message["role"] == "assistant" and message["loss"]:
+                call = message["content"].endswith("</tool_call>")
+                expected += message["content"] + ("" if call else "<|im_end|>")
+                kinds.add("call" if call else "answer")
+            elif message["role"] == "assistant":
+                kinds.add("mistake")
+        assert learned == expected
+    assert kinds == {"call", "answer", "mistake"}
+
+
+def test_the_template_marks_the_same_tokens(source, processor):
+    for _, messages, pictures in _trajectories(source, 12, seed=9):
+        row = source.rows.row([{**message, "loss": True} for message in messages], pictures)
+        text_only = [m if m["role"] == "assistant" else {**m, "content": _words(m["content"])} for m in messages]
+        inputs = processor.tokenizer.apply_chat_template(
+            text_only, return_dict=True, return_assistant_tokens_mask=True
+        )
+        # Pictures are left out here, since they are never the model's own tokens.
+        assert sum(inputs["assistant_masks"]) == (row.weights > 0).sum()
+
+
+def _words(content):
+    return content if isinstance(content, str) else [block for block in content if block["type"] == "text"]
+
+
+def test_choices_weigh_more(processor):
+    maker = RowMaker(processor.tokenizer.backend_tokenizer)
+
+    def heavy(content: str) -> str:
+        row = maker.row([{"role": "assistant", "content": content}], [], choice_weight=4.0)
+        return processor.tokenizer.decode(row.ids[row.weights == 4.0])
+
+    # The thought's numbers digit by digit, then the answer's first.
+    assert heavy("<think>2 and 14 fit.</think>\n" + format_answer([1, 0, 2])) == "2142"
+    assert heavy("<think>3?</think>\n" + format_call("select_images", {"target_images": [3]})) == "3"
+    assert heavy("the keycap 5") == ""
+
+
+def test_positions_equal_the_models_own(source, model, processor):
+    for _, messages, pictures in _trajectories(source, 9, seed=2):
+        row = source.rows.row(messages, pictures)
+        ids = torch.from_numpy(row.ids).long()[None]
+        grids = [[1, picture.size[1] // 14, picture.size[0] // 14] for picture in pictures]
+        expected, _ = model.model.get_rope_index(
+            ids,
+            mm_token_type_ids=(ids == processor.image_token_id).int(),
+            image_grid_thw=torch.tensor(grids) if grids else None,
+        )
+        assert token_positions(row, processor.image_token_id).tolist() == expected[:, 0].tolist()
+
+
+def test_as_many_pictures_as_pads(source):
+    message = {"role": "user", "content": [{"type": "image"}]}
+    with pytest.raises(ValueError, match="shows 1 pictures but 0 were given"):
+        source.rows.row([message], [])
+
+
+def test_extending_a_row_equals_rendering_it_whole(source):
+    for case, messages, pictures in _trajectories(source, 30, seed=3):
+        places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(places) < 2 or parse_turn(messages[places[0]]["content"]).kind != "call":
+            continue
+        first, reply = messages[places[0]]["content"], messages[places[0] + 1]["content"]
+        opening = case.pictures(messages[: places[0]])
+        shown = sum(block["type"] == "image" for block in reply)
+        before = source.rows.row(messages[: places[0]], opening, close=False)
+        extra = pictures[len(opening) : len(opening) + shown]
+        extended = source.rows.extend(before, source.rows.encode(first), reply[0]["text"], extra)
+        whole = source.rows.row(messages[: places[0] + 2], [*opening, *extra], close=False)
+        assert extended.ids.tolist() == whole.ids.tolist()
+        return
+    pytest.fail("no trajectory with a call")
+
+
+def test_parts_hold_every_row_and_no_more_tokens_than_allowed(source):
+    rows = [source.rows.row(messages, pictures) for _, messages, pictures in _trajectories(source, 12)]
+    longest = max(len(row.ids) for row in rows)
+    parts = by_length(rows, 3 * longest)
+    assert sorted(place for part in parts for place in part) == list(range(12))
+    assert all(len(part) * max(len(rows[place].ids) for place in part) <= 3 * longest for part in parts)
+
+
+def test_batches_depend_on_seed_stage_and_number_alone(source, data):
+    other = Source(data, data / "processor")
+    for stage in ("stage0", "sft"):
+        one, two = source.batch(stage, 3, 6), other.batch(stage, 3, 6)
+        assert [part.ids.tolist() for part in one] == [part.ids.tolist() for part in two]
+        assert [part.ids.tolist() for part in one] != [part.ids.tolist() for part in source.batch(stage, 4, 6)]
+
+
+def test_workers_make_what_the_source_makes(source):
+    feed = Feed(source, workers=1)
+    try:
+        batches = feed.batches("stage0", 4, start=2)
+        for number in (2, 3, 4, 5):
+            expected = source.batch("stage0", number, 4)
+            assert [part.ids.tolist() for part in next(batches)] == [part.ids.tolist() for part in expected]
+    finally:
+        feed.close()
+
+
+# --- trajectories ----------------------------------------------------------------------------------------------------
+
+
+def test_the_oracle_speaks_the_protocol_and_is_right(source):
+    calls = []
+    for case, messages, pictures in _trajectories(source, 150, seed=1):
+        turns = [message for message in messages if message["role"] == "assistant"]
+        parsed = [parse_turn(turn["content"]) for turn in turns]
+        assert all(p.well_formed for p, turn in zip(parsed, turns, strict=True) if turn["loss"])
+        assert parsed[-1].answer == format_answer(case.order)[len("<answer>") : -len("</answer>")]
+        assert len(case.order) == len(case.candidates) and case.relevance[case.order[0]] == 3
+        assert len(turns) <= PRESET.max_calls + 2
+        blocks = [block for m in messages if isinstance(m["content"], list) for block in m["content"]]
+        assert sum(block["type"] == "image" for block in blocks) == len(pictures)
+        calls.append(sum(p.kind == "call" for p, turn in zip(parsed, turns, strict=True) if turn["loss"]))
+    assert set(calls) >= {0, 1, 2}
+    assert 0.3 < sum(count > 0 for count in calls) / len(calls) < 0.8
+
+
+def test_learned_calls_are_valid(source):
+    for _, messages, _ in _trajectories(source, 80, seed=4):
+        for message, reply in zip(messages, messages[1:], strict=False):
+            if message["role"] == "assistant" and message["loss"]:
+                assert any(block["type"] == "image" for block in reply["content"])
+
+
+def test_two_rivals_are_told_apart_in_words(source):
+    concepts = source.concepts
+    by_name = {concept.name: code for code, concept in concepts.items()}
+    artist = ARTISTS[0]
+    example = source._examples["t2i"].make(1, 0)[0]
+    shown = ["fox", "woman cook: tone 2", "dog", "woman cook: tone 5"]
+    example.query_text, example.relevance, example.positive = "a woman cook with dark skin", [0, 2, 0, 3], 3
+    example.candidates = [(artist, by_name[name]) for name in shown]
+    texts = set()
+    for seed in range(40):
+        messages, _ = Oracle(concepts).play(source.cases.plain(example), random.Random(seed))
+        texts |= {message["content"].split("</think>")[0] for message in messages if message["role"] == "assistant"}
+    assert "<think>2 and 4 show a woman cook; 4 has dark skin." in texts
+    assert "<think>2 and 4 show a woman cook; check the skin." in texts
+    assert "<think>4 has dark skin." in texts
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ref",
+    [
+        ImageRef(0, 84, 84),
+        ImageRef(0, 140, 140),
+        ImageRef(0, 196, 168),
+        ImageRef(0, 84, 56, box=(11, 30, 140, 101)),
+        ImageRef(0, 112, 112, box=(100, 90, 140, 130)),
+    ],
+)
+def test_pictures_are_what_the_tools_render(table, ref):
+    row = 7
+    expected = ref.render(Image.fromarray(table[row].numpy()))
+    found = _pixels(table, View(row).shown(ref))
+    _assert_alike(found, expected)
+
+
+def _assert_alike(found: Image.Image, expected: Image.Image) -> None:
+    """Equal but for the last level, which Pillow rounds in integers."""
+    difference = np.abs(np.asarray(found, int) - np.asarray(expected, int))
+    assert difference.max() <= 1 and difference.mean() < 0.1
+
+
+def test_beyond_its_edges_a_picture_is_white(table):
+    wide = View(3, box=(-84, 0, SIZE + 84, SIZE), size=(336, 168))
+    canvas = Image.new("RGB", (336, 168), "white")
+    canvas.paste(Image.fromarray(table[3].numpy()), (84, 0))
+    ref = ImageRef(0, 112, 56)
+    _assert_alike(_pixels(table, wide.shown(ref)), ref.render(canvas))
+
+
+def test_a_region_of_an_original_is_that_region_of_what_is_stored():
+    view = View(0, box=(-84, 0, SIZE + 84, SIZE), size=(672, 336))  # stored pixels are two of the original
+    picture = view.shown(ImageRef(0, 56, 84, box=(168, 100, 368, 300)))
+    assert picture == Picture(0, (0.0, 50.0, 100.0, 150.0), (56, 84))
+
+
+# --- the quick way through the model ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(84, 84), (140, 140), (56, 112), (140, 84)])
+def test_the_batched_tower_equals_the_plain_one(model, processor, table, size):
+    pictures = [Picture(row, (0, 0, SIZE, SIZE), size) for row in range(3)]
+    images = [_pixels(table, picture) for picture in pictures]
+    plain = processor.image_processor(images, return_tensors="pt")
+    group = PictureGroup.of(pictures, [np.zeros(pictures[0].num_tokens, np.int64)] * 3)
+    patches = patches_of(render_group(_tensors(group), table))
+    with torch.no_grad():
+        expected = torch.stack(model.model.get_image_features(**plain).pooler_output)
+        found = encode_pictures(model.model.visual, patches, size)
+    assert patches.shape[1] * 4 == 4 * (size[0] // 14) * (size[1] // 14)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_loss_equals_the_plain_models(source, model, processor, table, fused):
+    rows = [source.rows.row(messages, pictures) for _, messages, pictures in _trajectories(source, 5, seed=6)]
+    batch = collate(rows, source.rows.image_pad).to("cpu")
+    with torch.no_grad():
+        if fused:
+            with fused_norms():
+                losses, _ = target_losses(model, batch, table)
+        else:
+            losses, _ = target_losses(model, batch, table)
+        expected = []
+        for row in rows:
+            labels = torch.from_numpy(np.where(row.weights > 0, row.ids, -100)).long()[None]
+            expected.append(model(**_plain_inputs(processor, table, row), labels=labels).loss.item())
+    counts = [int((row.weights > 0).sum()) for row in rows]
+    mean = sum(loss * count for loss, count in zip(expected, counts, strict=True)) / sum(counts)
+    assert losses.mean().item() == pytest.approx(mean, abs=1e-4)
+
+
+def test_padding_changes_nothing(source, model, table):
+    row = source.trajectory_row(*[(case, random.Random(0)) for case, *_ in _trajectories(source, 1)][0])
+    pad = source.rows.image_pad
+    short = collate([row], pad, multiple=1).to("cpu")
+    long = collate([row], pad, multiple=1024).to("cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            target_losses(model, short, table)[0], target_losses(model, long, table)[0], rtol=0, atol=1e-4
+        )
+
+
+def test_gradients_reach_the_tower_through_its_pictures(source, model, table):
+    batch = collate([source.caption_row(random.Random(0))], source.rows.image_pad).to("cpu")
+    model.zero_grad()
+    target_losses(model, batch, table, augment=True)[0].sum().backward()
+    kernel = model.model.visual.patch_embed.proj.weight
+    assert kernel.grad.abs().sum() > 0
+    assert embed(model, batch, table).shape == (*batch.ids.shape, 64)
+    model.zero_grad()
+
+
+# --- the model and the loop ------------------------------------------------------------------------------------------
+
+
+def test_the_real_size_is_small_enough():
+    tokenizer = make_tokenizer(_ranks())
+    config = tiny_config(tokenizer, vocab_size=8202)  # the real vocabulary's size
+    with torch.device("meta"):
+        count = num_parameters(Qwen2_5_VLForConditionalGeneration(config))
+    assert 11_000_000 < count <= 12_000_000 and 2 * count <= 24_000_000
+    assert sum(config.text_config.rope_parameters["mrope_section"]) == 320 // 5 // 2
+
+
+def test_a_few_steps_learn_and_a_resumed_run_goes_on(source, processor, table, tmp_path):
+    toy = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+    }
+    model = make_model(tiny_config(processor.tokenizer, **toy))
+    fixed = source.batch("stage0", 0, 8)
+    plan = Plan("stage0", minutes=10, lr=3e-3, warmup=1e-6, max_steps=5)
+    trainer = Trainer(model, table, plan, tmp_path / "checkpoint.pt")
+    before = _loss(model, fixed, table)
+    trainer.train(iter([fixed] * 5))
+    assert trainer.step == 5
+    assert _loss(model, fixed, table) < before - 0.2
+    again = make_model(tiny_config(processor.tokenizer, **toy), seed=1)
+    resumed = Trainer(again, table, plan, tmp_path / "checkpoint.pt")
+    assert resumed.resume() and resumed.step == 5 and resumed.spent == trainer.spent
+    assert _loss(again, fixed, table) == pytest.approx(_loss(model, fixed, table), abs=1e-5)
+
+
+def _loss(model, parts, table) -> float:
+    with torch.no_grad():
+        losses = [target_losses(model, part.to("cpu"), table)[0] for part in parts]
+    return torch.cat(losses).mean().item()
+
+
+def test_sft_leaves_the_tower_alone(source, processor, model, table):
+    tower = {name: weight.clone() for name, weight in model.model.visual.state_dict().items()}
+    kept = {name: weight.clone() for name, weight in model.state_dict().items()}
+    trainer = Trainer(model, table, Plan("sft", minutes=10, lr=1e-3, warmup=1e-6, max_steps=1))
+    trainer.train(iter([source.batch("sft", 0, 2)]))
+    assert all(torch.equal(weight, tower[name]) for name, weight in model.model.visual.state_dict().items())
+    assert not torch.equal(model.lm_head.weight, kept["lm_head.weight"])
+    model.load_state_dict(kept)
+    model.requires_grad_(True).eval()
+
+
+def test_training_ends_with_the_clock(source, model, table):
+    plan = Plan("stage0", minutes=0, lr=1e-3)
+    trainer = Trainer(model, table, plan)
+    assert trainer.train(iter([])) == [] and trainer.step == 0
+
+
+@pytest.mark.parametrize(("progress", "rate"), [(0.0, 0.0), (0.05, 0.5), (0.1, 1.0), (0.55, 0.5), (1.0, 0.0)])
+def test_the_rate_follows_the_clock(progress, rate):
+    assert Plan("sft", 1, lr=1.0, warmup=0.1).rate(progress) == pytest.approx(rate)
+
+
+def test_a_saved_model_is_an_ordinary_one(data, model, processor, table, source, tmp_path):
+    save_model(model, data / "processor", tmp_path)
+    loaded, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    config = json.loads((tmp_path / "reranker_config.json").read_text())
+    assert config["preset"] == PRESET.to_dict() and config["sampling"]["max_turn_tokens"] == MAX_TURN_TOKENS
+    for name, weight in loaded.state_dict().items():
+        torch.testing.assert_close(weight, model.state_dict()[name], rtol=1e-2, atol=1e-2)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert again.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert again.chat_template == processor.chat_template
+    assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
+
+
+def test_play_writes_what_generate_writes(source, model, processor, table):
+    player = Player(model, table, source)
+    cases = source.evaluation("t2i", "test_combination", 2) + source.evaluation("i2t", "test_combination", 1)
+    rows = [source.open_row(case, tools=True) for case in cases]
+    written = player._write(rows)
+    for row, tokens in zip(rows, written, strict=True):
+        inputs = _plain_inputs(processor, table, row)
+        expected = model.generate(
+            **inputs,
+            attention_mask=torch.ones_like(inputs["input_ids"]),
+            max_new_tokens=len(tokens),
+            do_sample=False,
+            eos_token_id=list(source.rows.stop_ids),
+            suppress_tokens=[source.rows.image_pad],
+        )
+        assert tokens == expected[0, len(row.ids) :].tolist()
+
+
+def test_choices_of_a_random_model_are_shares(source, model, table):
+    share = Player(model, table, source).choices(source.evaluation("i2i", "test_combination", 4))
+    assert share in (0, 0.25, 0.5, 0.75, 1)
+
+
+def test_wilsons_interval():
+    low, high = interval(90, 100)
+    assert (round(low, 3), round(high, 3)) == (0.826, 0.945)  # the textbook's figures for 90 of 100
