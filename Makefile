@@ -1,5 +1,6 @@
 # make demo      install into .venv and watch the bundled model rank pictures
 # make test      the tests
+# make test-data the rules of the example's data, on the real data (fetches and renders them first: needs npm)
 # make quality   style of the code
 # make build     sdist and wheel, into dist/
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
-.PHONY: demo test quality build clean
+.PHONY: demo test test-data quality build clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/vretrver demo $(ARGS)
@@ -15,6 +16,11 @@ demo: $(VENV)/.installed
 # Models in tests are so small that a second thread only waits for the first.
 test: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+test-data: $(VENV)/.installed-test
+	$(VENV)/bin/python recipes/emoji/build_data.py
+	EMOJI_DATA=$(CURDIR)/recipes/emoji/data $(VENV)/bin/python -m pytest tests/test_recipes_emoji_data.py \
+		tests/test_recipes_emoji_samples.py $(ARGS)
 
 quality: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

@@ -21,7 +21,9 @@ sys.path.insert(0, str(RECIPE))
 
 from art import ARTISTS, SIZE, TEST_ARTIST, write_archive  # noqa: E402
 from cases import View  # noqa: E402
+from choices import choice_share  # noqa: E402
 from concepts import parse_concepts  # noqa: E402
+from evaluate import wilson  # noqa: E402
 from model import (  # noqa: E402
     embed,
     encode_pictures,
@@ -33,7 +35,6 @@ from model import (  # noqa: E402
     target_losses,
     tiny_config,
 )
-from play import Player, interval  # noqa: E402
 from preset import MAX_TURN_TOKENS, PRESET  # noqa: E402
 from rows import Picture, PictureGroup, RowMaker, by_length, collate, token_positions  # noqa: E402
 from stages import Feed, Source  # noqa: E402
@@ -299,23 +300,6 @@ def test_as_many_pictures_as_pads(source):
         source.rows.row([message], [])
 
 
-def test_extending_a_row_equals_rendering_it_whole(source):
-    for case, messages, pictures in _trajectories(source, 30, seed=3):
-        places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-        if len(places) < 2 or parse_turn(messages[places[0]]["content"]).kind != "call":
-            continue
-        first, reply = messages[places[0]]["content"], messages[places[0] + 1]["content"]
-        opening = case.pictures(messages[: places[0]])
-        shown = sum(block["type"] == "image" for block in reply)
-        before = source.rows.row(messages[: places[0]], opening, close=False)
-        extra = pictures[len(opening) : len(opening) + shown]
-        extended = source.rows.extend(before, source.rows.encode(first), reply[0]["text"], extra)
-        whole = source.rows.row(messages[: places[0] + 2], [*opening, *extra], close=False)
-        assert extended.ids.tolist() == whole.ids.tolist()
-        return
-    pytest.fail("no trajectory with a call")
-
-
 def test_parts_hold_every_row_and_no_more_tokens_than_allowed(source):
     rows = [source.rows.row(messages, pictures) for _, messages, pictures in _trajectories(source, 12)]
     longest = max(len(row.ids) for row in rows)
@@ -562,29 +546,11 @@ def test_a_saved_model_is_an_ordinary_one(data, model, processor, table, source,
     assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
 
 
-def test_play_writes_what_generate_writes(source, model, processor, table):
-    player = Player(model, table, source)
-    cases = source.evaluation("t2i", "test_combination", 2) + source.evaluation("i2t", "test_combination", 1)
-    rows = [source.open_row(case, tools=True) for case in cases]
-    written = player._write(rows)
-    for row, tokens in zip(rows, written, strict=True):
-        inputs = _plain_inputs(processor, table, row)
-        expected = model.generate(
-            **inputs,
-            attention_mask=torch.ones_like(inputs["input_ids"]),
-            max_new_tokens=len(tokens),
-            do_sample=False,
-            eos_token_id=list(source.rows.stop_ids),
-            suppress_tokens=[source.rows.image_pad],
-        )
-        assert tokens == expected[0, len(row.ids) :].tolist()
-
-
 def test_choices_of_a_random_model_are_shares(source, model, table):
-    share = Player(model, table, source).choices(source.evaluation("i2i", "test_combination", 4))
+    share = choice_share(model, table, source, source.evaluation("i2i", "test_combination", 4))
     assert share in (0, 0.25, 0.5, 0.75, 1)
 
 
 def test_wilsons_interval():
-    low, high = interval(90, 100)
+    low, high = wilson(90, 100)
     assert (round(low, 3), round(high, 3)) == (0.826, 0.945)  # the textbook's figures for 90 of 100

@@ -12,8 +12,6 @@ import numpy as np
 from tokenizer import SPECIAL_TOKENS, VISIBLE_TOKENS
 from tokenizers import Tokenizer
 
-from vretrver_hf.images import ImageRef
-
 
 FACTOR = 28
 """Side in pixels of the square that one image token covers."""
@@ -44,11 +42,6 @@ class Picture:
     @property
     def num_tokens(self) -> int:
         return (self.size[0] // FACTOR) * (self.size[1] // FACTOR)
-
-    @classmethod
-    def from_ref(cls, ref: ImageRef, row: int, side: int) -> Picture:
-        """The stored picture `row`, of `side` × `side` pixels, as `ref` shows it."""
-        return cls(row, tuple(ref.box or (0, 0, side, side)), (ref.width, ref.height))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +158,6 @@ class RowMaker:
         self._call, self._tag, self._bracket, self._comma = map(tokenizer.token_to_id, marks)
         self._special = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS + VISIBLE_TOKENS}
         self.image_pad, self.end_of_turn = self._special["<|image_pad|>"], self._special["<|im_end|>"]
-        self.stop_ids = (self.end_of_turn, self._special["</tool_call>"], self._special["<|endoftext|>"])
         # Control tokens cut a text before it is tokenised, so the pieces between them can be kept and used again.
         self._encode_piece = functools.lru_cache(maxsize=200_000)(self._encode_piece)
 
@@ -223,27 +215,6 @@ class RowMaker:
         if not close:
             put("<|im_start|>assistant\n")
         return self._expand(np.array(ids, np.int32), np.array(weights, np.float32), list(pictures))
-
-    def extend(self, row: Row, written: Sequence[int], reply: str, pictures: Sequence[Picture]) -> Row:
-        """
-        The conversation after a model turn and what it was shown in reply, up to where the model writes again.
-
-        Args:
-            row (`Row`):
-                The conversation up to the model's turn.
-            written (sequence of `int`):
-                The model's tokens; the end mark is put behind them where they lack it.
-            reply (`str`):
-                Text of the user turn that follows; its pictures come behind it.
-            pictures (sequence of `Picture`):
-                Those pictures.
-        """
-        closing = "" if written[-1] == self.end_of_turn else "<|im_end|>"
-        text = f"{closing}\n<|im_start|>user\n{reply}{_IMAGE * len(pictures)}<|im_end|>\n<|im_start|>assistant\n"
-        new = np.array(self.encode(text), np.int32)
-        shown = self._expand(new, np.zeros(len(new), np.float32), list(pictures))
-        ids = np.concatenate([row.ids, np.array(written, np.int32), shown.ids])
-        return Row(ids, np.zeros(len(ids), np.float32), [*row.pictures, *pictures])
 
     def _weigh(self, ids: list[int], choice_weight: float) -> list[float]:
         """Full weight for the numbers up to a call or up to the second number of a list; captions decide nothing."""

@@ -12,7 +12,6 @@ rate falls with the time that is left, and the last weights are always saved.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import time
@@ -24,8 +23,9 @@ import numpy as np
 import torch
 import typer
 from art import TEST_ARTIST
+from choices import choice_share
+from evaluate import SETS, wilson
 from model import fused_norms, make_model, num_parameters, target_losses, tiny_config
-from play import Player, interval
 from preset import MAX_TURN_TOKENS, PRESET, STRIDE, WINDOW
 from rows import Batch
 from stages import MATCH_WEIGHT, Feed, Source
@@ -36,17 +36,9 @@ from vretrver_hf.engines.base import Sampling
 from vretrver_hf.reranker import save_config
 
 
-EVALUATIONS = (
-    ("t2i", "test_combination"),
-    ("i2i", "test_concept"),
-    ("i2t", "test_combination"),
-    ("t2i", "test_artist"),
-    ("i2i", "test_artist"),
-    ("i2t", "test_artist"),
-)
 SHARD = "14MB"
-CHOICES_MINUTES, CONVERSATIONS_MINUTES = 0.25, 0.75
-"""Time that is kept free for the evaluations."""
+CHOICES_MINUTES = 0.25
+"""Time that is kept free for the look at direct answers."""
 PRINT_SECONDS, CHECKPOINT_SECONDS = 5.0, 60.0
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -259,7 +251,7 @@ class Run:
 
     Args:
         out (`Path`):
-            Folder for the model, its checkpoints and the table of results.
+            Folder for the model and its checkpoints.
         source (`Source`):
             Makes the rows.
         minutes (`float`):
@@ -267,7 +259,7 @@ class Run:
         workers (`int`):
             Processes that make rows.
         evaluate (`int`):
-            Cases of each evaluation; 0 skips it.
+            Cases of each look at direct answers; 0 skips it.
         resume (`bool`):
             Whether stages go on from their checkpoints.
         max_steps (`int`, *optional*):
@@ -298,7 +290,6 @@ class Run:
         tokenizer = AutoProcessor.from_pretrained(source.processor).tokenizer
         self.model = make_model(tiny_config(tokenizer), source.seed).to(device)
         print(f"{num_parameters(self.model):,} weights, {len(self.table):,} pictures, {workers} workers, {device}")
-        self.results: list[dict] = []
 
     def minutes_left(self, reserve: float = 0.0) -> float:
         """Minutes until the end, less a reserve for what comes after."""
@@ -318,69 +309,31 @@ class Run:
         save_model(self.model, self.source.processor, self.out / name)
 
     def test_choices(self) -> None:
-        """Evaluates direct answers."""
-        player = Player(self.model.eval(), self.table, self.source)
-        for task, split in self._evaluations():
-            count = 1000 if self.table.is_cuda else self.evaluate
-            share = player.choices(self.source.evaluation(task, split, count))
-            self._record("stage0", task, split, round(share * count), count)
-
-    def test_conversations(self) -> None:
-        """Evaluates whole conversations."""
-        player = Player(self.model.eval(), self.table, self.source)
-        for task, split in self._evaluations():
-            if self.minutes_left() == 0:
-                print(f"no time left to evaluate {task}, {split}")
-                continue
-            cases = self.source.evaluation(task, split, self.evaluate)
-            outcomes = player.play(cases)
-            right = sum(outcome.order[0] == case.order[0] for outcome, case in zip(outcomes, cases, strict=True))
-            self._record(
-                "sft",
-                task,
-                split,
-                right,
-                len(cases),
-                calls=sum(outcome.calls for outcome in outcomes) / len(cases),
-                valid=sum(outcome.valid_calls for outcome in outcomes) / max(1, sum(o.calls for o in outcomes)),
-                ok=sum(outcome.status == "ok" for outcome in outcomes) / len(cases),
-            )
-            print(f"--- {task}, {split}, first case, asked {cases[0].query.text!r}")
-            print(outcomes[0].text.strip(), flush=True)
+        """Prints how often direct answers are right on held-out cases."""
+        self.model.eval()
+        for task, split in SETS:
+            if self.evaluate and (split != "test_artist" or TEST_ARTIST in self.source.art.codes):
+                cases = self.source.evaluation(task, split, self.evaluate)
+                share = choice_share(self.model, self.table, self.source, cases)
+                low, high = wilson(round(share * len(cases)), len(cases))
+                print(
+                    f"direct answers, {task} {split}: {share:.1%} [{low:.1%}, {high:.1%}], n {len(cases)}", flush=True
+                )
 
     def close(self) -> None:
-        """Ends the workers, writes the results and prints them as a table."""
+        """Ends the workers."""
         self.feed.close()
-        (self.out / "results.json").write_text(json.dumps(self.results, indent=2) + "\n")
-        print(
-            f"{'after':7s} {'task':5s} {'split':17s} {'n':>5s} {'R@1':>7s}  {'95 % interval':15s} calls  valid     ok"
-        )
-        for row in self.results:
-            more = f"{row['calls']:5.2f} {row['valid']:6.1%} {row['ok']:6.1%}" if "calls" in row else ""
-            low, high = row["interval"]
-            print(
-                f"{row['after']:7s} {row['task']:5s} {row['split']:17s} {row['n']:5d} {row['r1']:7.1%}  "
-                f"{low:6.1%} .. {high:6.1%} {more}"
-            )
-
-    def _evaluations(self) -> list[tuple[str, str]]:
-        artists = self.source.art.codes
-        return [(t, s) for t, s in EVALUATIONS if self.evaluate and (s != "test_artist" or TEST_ARTIST in artists)]
-
-    def _record(self, after: str, task: str, split: str, right: int, count: int, **more: float) -> None:
-        row = {"after": after, "task": task, "split": split, "n": count, "r1": right / count}
-        self.results.append({**row, "interval": interval(right, count), **more})
 
 
 @app.callback()
 def prepare(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder for the model, its checkpoints and the results.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model and its checkpoints.")],
     data: Annotated[Path, typer.Option(help="Folder that build_data.py filled.")] = Path("recipes/emoji/data"),
     processor: Annotated[Path | None, typer.Option(help="Folder that tokenizer.py filled; DATA/processor.")] = None,
     minutes: Annotated[float, typer.Option(help="Wall-clock minutes of the command, evaluation included.")] = 9.0,
     workers: Annotated[int, typer.Option(help="Processes that make rows.")] = max(1, (os.cpu_count() or 2) - 2),
-    evaluate: Annotated[int, typer.Option(help="Conversations of each evaluation; 0 skips them all.")] = 400,
+    evaluate: Annotated[int, typer.Option(help="Held-out cases a set for a look between the stages; 0 skips it.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the first weights and of all draws.")] = 0,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoints in OUT.")] = False,
     max_steps: Annotated[int | None, typer.Option(help="End each stage after so many steps at the latest.")] = None,
@@ -418,9 +371,7 @@ def sft(
     with fused_norms():
         run = context.obj()
         run.load(base)
-        minutes = run.minutes_left(CONVERSATIONS_MINUTES)
-        run.train(Plan("sft", minutes, lr, max_steps=run.max_steps), batch_size, "model")
-        run.test_conversations()
+        run.train(Plan("sft", run.minutes_left(), lr, max_steps=run.max_steps), batch_size, "model")
         run.close()
 
 
@@ -436,12 +387,10 @@ def both(
     """Both stages in one go; writes OUT/stage0 and OUT/model."""
     with fused_norms():
         run = context.obj()
-        minutes = share * run.minutes_left(CHOICES_MINUTES + CONVERSATIONS_MINUTES)
+        minutes = share * run.minutes_left(CHOICES_MINUTES)
         run.train(Plan("stage0", minutes, stage0_lr, max_steps=run.max_steps), stage0_batch_size, "stage0")
         run.test_choices()
-        minutes = run.minutes_left(CONVERSATIONS_MINUTES)
-        run.train(Plan("sft", minutes, sft_lr, max_steps=run.max_steps), sft_batch_size, "model")
-        run.test_conversations()
+        run.train(Plan("sft", run.minutes_left(), sft_lr, max_steps=run.max_steps), sft_batch_size, "model")
         run.close()
 
 
