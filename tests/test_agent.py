@@ -159,18 +159,23 @@ def test_cancelling_hands_back_what_had_begun(encoder, task):
     assert loop.num_active == 0 and engine.poll() == []
 
 
-def test_a_data_sets_own_prompt_replaces_the_presets(encoder, task):
-    from vretrver_hf.protocol import messages_from_prompt
-
-    task.messages = messages_from_prompt([{"role": "user", "content": "Mine <image>"}], [2])
+def test_a_data_sets_own_prompt_is_replayed(encoder, task):
+    task.preset = get_preset(PRESET, prompt_source="dataset")
+    task.prompt = [{"role": "user", "content": "Mine: <image> Candidates: x"}]
     trajectory = run(encoder, task, [ANSWER])
-    assert "Mine" in trajectory.turns[0].text and "Candidates" not in trajectory.turns[0].text
+    assert "Mine: " in trajectory.turns[0].text and "Rank" not in trajectory.turns[0].text
     assert [ref.index for ref in trajectory.turns[0].images] == [2]
 
 
-def test_a_prompt_that_shows_a_missing_picture_is_an_error(encoder, task):
-    from vretrver_hf.protocol import messages_from_prompt
-
-    task.messages = messages_from_prompt([{"role": "user", "content": "<image>"}], [1])
-    with pytest.raises(ValueError, match="query q1: the prompt shows image 1"):
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        (None, "query q1: prompt_source is 'dataset', but the query brings no prompt"),
+        ([{"role": "user", "content": "<image><image>"}], "2 <image> marks but there are 1"),
+    ],
+)
+def test_a_missing_or_unfit_prompt_is_an_error(encoder, task, prompt, reason):
+    task.preset = get_preset(PRESET, prompt_source="dataset")
+    task.prompt = prompt
+    with pytest.raises(ValueError, match=reason):
         run(encoder, task, [ANSWER])

@@ -307,7 +307,12 @@ class TestRank:
         slow = Reranker(TransformersEngine(*parts), PRESET, sampling=Sampling(max_turn_tokens=4000))
         slow.save_pretrained(tmp_path / "slow")
         command = [sys.executable, "-m", "vretrver_hf", "rank", "--model", tmp_path / "slow", "--query", "q", "a", "b"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+        def listen() -> None:  # a job that runs in the background may have been told to ignore interrupts
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        with subprocess.Popen(command, **pipes, preexec_fn=listen) as child:
             while not child.stdout.readline().startswith("    2"):
                 assert child.poll() is None
             child.send_signal(signal.SIGINT)

@@ -160,6 +160,16 @@ def test_closing_the_stream_stops_the_model(encoder, picture):
     assert len(asked) <= 1 and not engine._open
 
 
+def test_a_data_sets_prompt_is_replayed_whole(encoder):
+    prompt = [{"role": "user", "content": "Mine: (1) a (2) b (3) c"}]
+    engine = ScriptedEngine(encoder, lambda query_id, turn: format_turn("x", format_answer([2, 0, 1])))
+    reranker = Reranker(engine, get_preset(PRESET, prompt_source="dataset"), window=3, stride=1)
+    ranking = reranker.rank("q", ["a", "b", "c"], prompt=prompt)
+    assert ranking.order == [2, 0, 1] and "Mine: (1) a" in ranking.trajectories[0].turns[0].text
+    with pytest.raises(ValueError, match="4 candidates at once but the window holds 3"):
+        reranker.rank("q", ["a", "b", "c", "d"], prompt=prompt)
+
+
 def test_duplicates_keep_their_places(perfect):
     ranking = Reranker(perfect.engine(), PRESET).rank("q", ["3", "3", "5"])
     assert ranking.order == [2, 0, 1] and ranking.ids == ["2", "0", "1"]

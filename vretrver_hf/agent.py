@@ -44,8 +44,9 @@ class AgentTask:
             Number of this trajectory among several of the same query.
         tools (`bool`, *optional*, defaults to `True`):
             Whether the model may call tools.
-        messages (`list[dict]`, *optional*):
-            Opening messages that replace those of the preset (a data set's own prompt).
+        prompt (`list[dict]`, *optional*):
+            A data set's own prompt, `[{"role": …, "content": text with <image> marks}]`, which presets with
+            `prompt_source="dataset"` replay. Its marks stand for the pictures of query and candidates in their order.
     """
 
     query: Item
@@ -55,7 +56,21 @@ class AgentTask:
     candidate_indices: list[int] | None = None
     sample: int = 0
     tools: bool = True
-    messages: list[dict[str, Any]] | None = None
+    prompt: list[dict[str, str]] | None = None
+
+    def messages(self) -> list[dict[str, Any]]:
+        """
+        The opening messages, from the preset or the data set as the preset says.
+
+        Raises:
+            `ValueError`: if the preset replays a data set's prompt and there is none, or one that does not fit.
+        """
+        if self.preset.prompt_source == "preset":
+            return protocol.build_messages(self.query, self.candidates, self.preset, self.tools)
+        if self.prompt is None:
+            raise ValueError(f"query {self.query_id}: prompt_source is 'dataset', but the query brings no prompt")
+        numbers = [number for number, item in enumerate([self.query, *self.candidates]) if item.image is not None]
+        return protocol.messages_from_prompt(self.prompt, numbers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,8 +202,7 @@ class AgentLoop:
         session = self.engine.open(task.query_id, task.sample)
         rollout = _Rollout(task, session, self.engine.encoder.factor, self.sampling.seed)
         started = time.perf_counter()
-        messages = task.messages or protocol.build_messages(task.query, task.candidates, task.preset, task.tools)
-        encoded = self.engine.encoder.prompt(messages, rollout.load_image, task.preset)
+        encoded = self.engine.encoder.prompt(task.messages(), rollout.load_image, task.preset)
         seconds = time.perf_counter() - started
         rollout.trajectory.turns.append(
             Turn("prompt", encoded.token_ids, encoded.text, images=encoded.refs, seconds=seconds)
@@ -280,8 +294,7 @@ class _Rollout:
 
     def load_image(self, number: int) -> Image.Image:
         image = self._images[number]
-        if image is None:
-            raise ValueError(f"query {self.task.query_id}: the prompt shows image {number}, but that item has none")
+        assert image is not None, number  # prompts show only pictures that there are
         return image
 
     def respond(self, parsed: ParsedTurn, turn: Turn) -> Observation | None:

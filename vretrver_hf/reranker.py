@@ -226,6 +226,7 @@ class Reranker:
         top_k: int | None = None,
         on_event: Callable[[Event], None] | None = None,
         query_id: str = "0",
+        prompt: list[dict[str, str]] | None = None,
     ) -> Ranking:
         """
         Ranks the candidates for one query.
@@ -241,11 +242,17 @@ class Reranker:
                 Called with each thought, call, observation, answer and window as it happens.
             query_id (`str`, *optional*, defaults to `"0"`):
                 Names the query in trajectories; sampling depends on it.
+            prompt (`list[dict]`, *optional*):
+                A data set's own prompt for these candidates, replayed where the preset's `prompt_source` is
+                `"dataset"`.
 
         Raises:
             `ItemError`: before the model runs, naming the query or candidate that cannot be used and why.
+            `ValueError`: if a data set's prompt is to be replayed and is missing, does not fit the pictures, or there
+                are more candidates than the window holds.
         """
-        *_, ranking = self.rank_stream(query, candidates, top_k=top_k, on_event=on_event, query_id=query_id)
+        options = {"top_k": top_k, "on_event": on_event, "query_id": query_id, "prompt": prompt}
+        *_, ranking = self.rank_stream(query, candidates, **options)
         return ranking
 
     def rank_stream(
@@ -256,12 +263,18 @@ class Reranker:
         top_k: int | None = None,
         on_event: Callable[[Event], None] | None = None,
         query_id: str = "0",
+        prompt: list[dict[str, str]] | None = None,
     ) -> Iterator[Event | Ranking]:
         """
         Like [`Reranker.rank`], but yields each [`Event`] as it happens and the [`Ranking`] last. Closing the iterator
         stops the model.
         """
-        job = _Job(query_id, coerce_query(query), coerce_candidates(candidates), self, top_k)
+        job = _Job(query_id, coerce_query(query), coerce_candidates(candidates), self, top_k, prompt)
+        if prompt is not None and len(job.candidates) > self.window:
+            raise ValueError(
+                f"the prompt shows {len(job.candidates)} candidates at once but the window holds {self.window}; "
+                "load the reranker with a larger window"
+            )
         job.check()
         events: list[Event] = []
 
@@ -383,6 +396,7 @@ class Reranker:
                 query_id=job.query_id,
                 candidate_indices=indices,
                 tools=self.tools,
+                prompt=job.prompt,
             )
         )
         return True
@@ -425,10 +439,19 @@ def _load_config(name: str | Path, revision: str | None, subfolder: str) -> dict
 class _Job:
     """One query on its way through its windows."""
 
-    def __init__(self, query_id: str, query: Item, candidates: list[Item], reranker: Reranker, top_k: int | None):
+    def __init__(
+        self,
+        query_id: str,
+        query: Item,
+        candidates: list[Item],
+        reranker: Reranker,
+        top_k: int | None,
+        prompt: list[dict[str, str]] | None = None,
+    ):
         self.query_id = query_id
         self.query = query
         self.candidates = candidates
+        self.prompt = prompt
         self.trajectories: list[Trajectory] = []
         self.error: str | None = None
         self._top_k = top_k
