@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -34,6 +34,7 @@ class ScriptedEngine(Engine):
         self.most_open = 0
         self._open: set[Session] = set()
         self._pending: collections.deque[tuple[Session, Sampling, float]] = collections.deque()
+        self._finished: dict[Session, TurnResult] = {}
 
     def open(self, query_id: str = "", sample: int = 0) -> Session:
         session = Session(query_id, sample)
@@ -44,19 +45,24 @@ class ScriptedEngine(Engine):
     def submit(self, session: Session, encoded: Encoded, sampling: Sampling) -> None:
         self._pending.append((session, sampling, time.perf_counter()))
 
-    def poll(self) -> list[TurnResult]:
-        if not self._pending:
-            return []
+    def poll(self, sessions: Collection[Session]) -> list[TurnResult]:
+        while self._pending and not any(session in self._finished for session in sessions):
+            result = self._next()
+            self._finished[result.session] = result
+        return [self._finished.pop(session) for session in list(sessions) if session in self._finished]
+
+    def _next(self) -> TurnResult:
         session, sampling, started = self._pending.popleft()
         ids = turn_ids(self.encoder, self.script(session.query_id, session.turn))
         session.turn += 1
         stop = "call" if ids[-1] == self.encoder.end_of_call else "end"
         if len(ids) > sampling.max_turn_tokens:
             ids, stop = ids[: sampling.max_turn_tokens], "length"
-        return [TurnResult(session, ids, None, stop, time.perf_counter() - started)]
+        return TurnResult(session, ids, None, stop, time.perf_counter() - started)
 
     def close(self, session: Session) -> None:
         self._open.discard(session)
+        self._finished.pop(session, None)
         self._pending = collections.deque(entry for entry in self._pending if entry[0] is not session)
 
 

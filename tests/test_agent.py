@@ -77,6 +77,7 @@ def test_beyond_the_budget_the_model_is_told_to_answer_once(encoder, task):
     answered = run(encoder, task, [SELECT, SELECT, SELECT, ANSWER])
     assert roles(answered) == "paoaoaoa" and "Answer now" in answered.turns[6].text
     assert answered.num_calls == 3 and answered.num_valid_calls == 2 and answered.status == "ok"
+    assert answered.turns[5].valid is False  # the call beyond the budget
     stubborn = run(encoder, task, [SELECT] * 9)
     assert roles(stubborn) == "paoaoaoa"
     assert (stubborn.finish, stubborn.status, stubborn.order) == ("no_answer", "fallback", [0, 1, 2])
@@ -106,6 +107,7 @@ def test_a_full_context_ends_the_trajectory(encoder, task):
     engine = ScriptedEngine(encoder, lambda query_id, turn: SELECT, max_length=room)
     (trajectory,) = play(engine, [task], Sampling(max_turn_tokens=250))
     assert (trajectory.finish, trajectory.status) == ("length", "fallback")
+    assert "tokens are needed and the model reads at most" in trajectory.problems[0]
     engine.max_length = len(prompt.token_ids)
     (never_started,) = play(engine, [task], Sampling(max_turn_tokens=250))
     assert (never_started.finish, roles(never_started)) == ("length", "p")
@@ -116,9 +118,11 @@ def test_a_bad_picture_costs_its_query_only(encoder, task, tmp_path):
     broken.write_bytes(b"\x89PNG\r\n\x1a\nno more")
     bad = AgentTask(Item(text="q"), [Item(image=broken), Item(text="b")], PRESET, query_id="bad")
     engine = ScriptedEngine(encoder, lambda query_id, turn: ANSWER)
-    first, second = play(engine, [bad, task])
+    events = []
+    first, second = play(engine, [bad, task], on_event=events.append)
     assert (first.finish, first.order) == ("error", [0, 1]) and first.error
-    assert second.status == "ok"
+    assert second.status == "ok" and not engine._open
+    assert [(event.kind, event.text) for event in events if event.query_id == "bad"] == [("answer", first.error)]
 
 
 def test_events_tell_the_story_in_order(encoder, task):
@@ -156,7 +160,56 @@ def test_cancelling_hands_back_what_had_begun(encoder, task):
     loop.step()
     ((_, trajectory),) = loop.cancel()
     assert (trajectory.finish, trajectory.order) == ("cancelled", [0, 1, 2])
-    assert loop.num_active == 0 and engine.poll() == []
+    assert loop.num_active == 0 and not engine._open
+
+
+def test_an_answer_outside_its_own_turn_is_repaired(encoder, task):
+    both = ANSWER + "\n" + SELECT.partition("\n")[2]
+    trajectory = run(encoder, task, [both] * 9)
+    assert (trajectory.finish, trajectory.status, trajectory.order) == ("no_answer", "repaired", [1, 0, 2])
+
+
+def test_one_task_may_be_played_several_times(encoder, task):
+    engine = ScriptedEngine(encoder, lambda query_id, turn: ANSWER)
+    assert [trajectory.order for trajectory in play(engine, [task, task])] == [[1, 0, 2]] * 2
+
+
+@pytest.mark.parametrize("kind", ["thought", "call", "observation", "answer"])
+def test_a_callback_that_raises_frees_the_engine(encoder, task, kind):
+    def on_event(event):
+        if event.kind == kind:
+            raise InterruptedError(kind)
+
+    engine = ScriptedEngine(encoder, lambda query_id, turn: [SELECT, ANSWER][turn], max_sessions=3)
+    with pytest.raises(InterruptedError):
+        play(engine, [task] * 5, on_event=on_event)
+    assert not engine._open
+    assert len(play(engine, [task] * 5)) == 5
+
+
+def test_closing_the_iterator_frees_the_engine(encoder, task):
+    engine = ScriptedEngine(encoder, lambda query_id, turn: [SELECT, ANSWER][turn], max_sessions=3)
+    trajectories = AgentLoop(engine).run([task] * 5)
+    next(trajectories)
+    trajectories.close()
+    assert not engine._open
+
+
+def test_two_loops_take_turns_on_one_engine(encoder, task):
+    engine = ScriptedEngine(encoder, lambda query_id, turn: [SELECT, ANSWER][turn], max_sessions=3)
+    paused = AgentLoop(engine).run([task] * 2)
+    first = next(paused)
+    (other,) = play(engine, [task])
+    assert other.order == first[1].order == next(paused)[1].order
+
+
+def test_an_engine_without_room_says_so(encoder, task):
+    class Full(ScriptedEngine):
+        def poll(self, sessions):
+            return []
+
+    with pytest.raises(RuntimeError, match="no room.*holds all of its 4 places"):
+        play(Full(encoder, lambda query_id, turn: ANSWER), [task])
 
 
 def test_a_data_sets_own_prompt_is_replayed(encoder, task):

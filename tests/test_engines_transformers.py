@@ -136,10 +136,11 @@ def test_a_closed_conversation_frees_its_row(model, processor):
     first, second = engine.open("a"), engine.open("b")
     for session in (first, second):
         engine.submit(session, Encoded(ids, [], [], "hello"), Sampling(max_turn_tokens=3))
-    assert [result.session for result in engine.poll()] == [first]
-    assert engine.poll() == []  # the second waits for the row that the first still holds
+    both = [first, second]
+    assert [result.session for result in engine.poll(both)] == [first]
+    assert engine.poll(both) == []  # the second waits for the row that the first still holds
     engine.close(first)
-    assert [result.session for result in engine.poll()] == [second]
+    assert [result.session for result in engine.poll(both)] == [second]
     engine.close(second)
     engine.close(second)  # closing twice is harmless
 
@@ -158,13 +159,51 @@ def test_closing_in_the_middle_of_a_turn_leaves_the_others_as_they_were(model, p
         messages = build_messages(task.query, task.candidates, PRESET)
         sessions.append(engine.open(task.query_id))
         engine.submit(sessions[-1], engine.encoder.prompt(messages, pictures.__getitem__, PRESET), Sampling())
-    assert [result.session for result in engine.poll()] == [sessions[1]]
+    assert [result.session for result in engine.poll(sessions)] == [sessions[1]]
     engine.close(sessions[1])
     engine.close(sessions[0])  # in the middle of its turn: row 2 moves into its place
-    (last,) = engine.poll()
+    (last,) = engine.poll(sessions)
     (reference,) = play(ForcedEngine(model, processor, script, max_sessions=1), [tasks[2]])
     assert last.token_ids == reference.turns[1].token_ids
     assert last.logprobs == pytest.approx(reference.turns[1].logprobs, abs=1e-5)
+
+
+def test_what_went_wrong_in_one_conversation_stays_there(model, processor, picture):
+    """A row that held NaN serves the next conversation as if it were new, beside a longer one."""
+    tasks = [make_task(picture, "0", num_candidates=2, images=False), make_task(picture, "1", num_candidates=4)]
+    script = lambda query_id, turn: format_answer(range(2 if query_id == "0" else 4))  # noqa: E731
+    clean = play(ForcedEngine(model, processor, script), tasks)
+    engine = ForcedEngine(model, processor, script)
+    play(engine, tasks[::-1])
+    holder, victim = engine.open("1"), engine.open("1")
+    ids = engine.encoder.tokenizer.encode("hello " * 400, add_special_tokens=False)
+    for session in (holder, victim):
+        engine.submit(session, Encoded(ids, [], [], ""), Sampling())
+    engine.poll([holder, victim])
+    for layer in engine._cache.layers:
+        layer.keys[victim.row], layer.values[victim.row] = torch.nan, torch.nan
+    engine.close(victim)
+    again = play(engine, tasks)
+    for before, after in zip(clean, again, strict=True):
+        known = [value for value in after.logprobs if value is not None]
+        assert known == pytest.approx([value for value in before.logprobs if value is not None], abs=1e-5)
+
+
+def test_memory_is_given_back_when_nothing_is_under_way(model, processor, picture):
+    engine = ForcedEngine(model, processor, lambda query_id, turn: format_answer([0, 1, 2]))
+    play(engine, [make_task(picture, "0")])
+    assert all(layer.keys is None for layer in engine._cache.layers)
+
+
+def test_a_failing_prefill_tells_its_cause_and_frees_its_rows(model, processor, picture, monkeypatch):
+    engine = ForcedEngine(model, processor, lambda query_id, turn: format_answer([0, 1, 2]))
+    tasks = [make_task(picture, str(i)) for i in range(3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_vision_inputs", lambda images: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            play(engine, tasks)
+    assert not engine._rows and not engine._waiting
+    assert [trajectory.status for trajectory in play(engine, tasks)] == ["ok"] * 3
 
 
 def test_a_conversation_beyond_the_context_is_refused(model, processor):

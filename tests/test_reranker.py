@@ -133,6 +133,21 @@ def test_a_batch_can_record_bad_items_and_go_on(perfect, tmp_path):
     good, bad, last = Reranker(perfect.engine(), PRESET).rank_batch(pairs, on_error="record")
     assert good.error is None and last.error is None
     assert "candidate 2" in bad.error and (bad.order, bad.status) == ([0, 1], "fallback")
+    missing = tmp_path / "missing.png"
+    for query, candidates in [("q", ["a", str(missing), "c"]), (None, ["a", "b", "c"]), ("q", (x for x in "abc"))]:
+        (ranking,) = Reranker(perfect.engine(), PRESET).rank_batch([(query, candidates)], on_error="record")
+        assert len(ranking.order) == len(ranking.items) == 3
+    with pytest.raises(ValueError, match="'rais'.*'record'"):
+        Reranker(perfect.engine(), PRESET).rank_batch([], on_error="rais")
+
+
+def test_a_picture_that_vanishes_costs_its_query_only(perfect, tmp_path, picture):
+    gone = tmp_path / "gone.png"
+    picture().save(gone)
+    pairs = [("q", ["a", Item(image=gone)]), ("q", numbers(3))]
+    vanish = lambda event: gone.unlink(missing_ok=True) if event.kind == "window" else None  # noqa: E731
+    bad, good = Reranker(perfect.engine(), PRESET).rank_batch(pairs, on_event=vanish)
+    assert bad.error and bad.order == [0, 1] and good.error is None and good.status == "ok"
 
 
 def test_the_stream_tells_events_and_ends_with_the_ranking(encoder, picture):
@@ -155,9 +170,11 @@ def test_closing_the_stream_stops_the_model(encoder, picture):
     asked = []
     engine = ScriptedEngine(encoder, lambda query_id, number: asked.append(number) or turn)
     stream = Reranker(engine, PRESET).rank_stream("q", [picture(), picture()])
-    next(stream)
+    assert next(stream).kind == "window" and asked == []  # told before the model runs
+    assert next(stream).kind == "thought"
+    heard = len(asked)
     stream.close()
-    assert len(asked) <= 1 and not engine._open
+    assert len(asked) == heard == 1 and not engine._open
 
 
 def test_a_data_sets_prompt_is_replayed_whole(encoder):
@@ -198,8 +215,45 @@ def test_saving_and_loading_plays_the_same(model, processor, tmp_path, picture):
     pictures = [picture(), picture()]
     before, after = (r.rank("q", pictures).trajectories[0].token_ids for r in (reranker, again))
     assert before == after
-    changed = Reranker.from_pretrained(tmp_path, device="cpu", preset="release", window=9)
-    assert (changed.preset, changed.window) == (get_preset("release"), 9)
+    changed = Reranker.from_pretrained(tmp_path, device="cpu", preset="release", window=2)
+    assert (changed.preset, changed.window, changed.stride) == (get_preset("release"), 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "Expecting"),
+        ("[1]", "TypeError"),
+        ('{"window": 5}', "preset"),
+        ('{"preset": {"name": "release", "zoom": 2}}', "zoom"),
+        (
+            '{"preset": {"name": "release", "coordinates": "pixels", "max_calls": 2}, "sampling": {"min_p": 1}}',
+            "min_p",
+        ),
+        ('{"preset": {"name": "release", "coordinates": "pixels", "max_calls": 2}, "speed": 1}', "speed"),
+    ],
+)
+def test_an_unusable_config_is_named(model, processor, tmp_path, content, reason):
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "reranker_config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"reranker_config.json of .* cannot be used.*{reason}"):
+        Reranker.from_pretrained(tmp_path, device="cpu")
+
+
+def test_whether_tools_may_be_called_is_saved(model, processor, tmp_path):
+    Reranker(TransformersEngine(model, processor), PRESET, tools=False).save_pretrained(tmp_path)
+    assert Reranker.from_pretrained(tmp_path, device="cpu").tools is False
+    assert Reranker.from_pretrained(tmp_path, device="cpu", tools=True).tools is True
+
+
+def test_settings_that_cannot_work_are_refused_at_once(perfect):
+    with pytest.raises(ValueError, match="inspect_pixels must be at least"):
+        Reranker(perfect.engine(), get_preset(PRESET, inspect_pixels=100))
+    with pytest.raises(ValueError, match="max_turn_tokens is 500 but the model reads at most 400"):
+        Reranker(perfect.engine(max_length=400), PRESET, sampling=Sampling(max_turn_tokens=500))
+    with pytest.raises(ValueError, match="top_k must be at least 1"):
+        Reranker(perfect.engine(), PRESET).rank("q", ["a", "b"], top_k=0)
 
 
 def test_a_model_without_a_saved_protocol_is_played_as_released_with_a_warning(model, processor, tmp_path, caplog):

@@ -82,7 +82,8 @@ class Event:
         kind (`str`):
             `"thought"`: the model's `text`. `"call"`: `call` with name and arguments. `"observation"`: what came
             back, as `text` and `images`, and whether it was `valid`. `"answer"`: the window's `order` (0-based
-            places) and `status`. `"window"`: a window begins; `order` holds the indices of its candidates.
+            places) and `status`, and as `text` why it failed, if it did. `"window"`: a window begins; `order` holds
+            the indices of its candidates.
         query_id (`str`):
             The query.
         text (`str`, *optional*):
@@ -151,8 +152,10 @@ class AgentLoop:
 
         Returns:
             `list[tuple[AgentTask, Trajectory]]`: the trajectories that ended, possibly none. One whose pictures could
-            not be
-        read has `finish="error"`, so that a bad picture costs one query and not the job.
+            not be read has `finish="error"`, so that a bad picture costs one query and not the job.
+
+        Raises:
+            `RuntimeError`: if the engine has no room, since somebody else's conversations hold it.
         """
         ended = []
         while self._waiting and len(self._playing) < self.engine.max_sessions:
@@ -161,10 +164,18 @@ class AgentLoop:
                 rollout = self._start(task)
             except ItemError as error:
                 ended.append((task, _failed(task, self.sampling.seed, error)))
+                order = tuple(range(len(task.candidates)))
+                self._on_event(Event("answer", task.query_id, str(error), order=order, status="fallback"))
                 continue
             if rollout.trajectory.finish == "length":
                 ended.append(self._end(rollout))
-        for result in self.engine.poll():
+        results = self.engine.poll(self._playing.keys())
+        if self._playing and not results:
+            raise RuntimeError(
+                "the engine has no room for this conversation: another ranking on it was paused and holds all of its "
+                f"{self.engine.max_sessions} places; finish or close that one first"
+            )
+        for result in results:
             rollout = self._playing[result.session]
             if self._advance(rollout, result):
                 ended.append(self._end(rollout))
@@ -174,47 +185,56 @@ class AgentLoop:
         """
         Plays tasks as they come and yields each with its trajectory as it ends, not in order.
 
-        Only as many tasks are taken from `tasks` as the engine has room for, so it may be endless or large.
+        Only as many tasks are taken from `tasks` as the engine has room for, so it may be endless or large. Closing
+        the iterator stops what is under way.
         """
         source = iter(tasks)
         exhausted = False
-        while True:
-            while not exhausted and self.num_active < self.engine.max_sessions:
-                task = next(source, None)
-                if task is None:
-                    exhausted = True
-                else:
-                    self.submit(task)
-            if not self.num_active:
-                return
-            yield from self.step()
+        try:
+            while True:
+                while not exhausted and self.num_active < self.engine.max_sessions:
+                    task = next(source, None)
+                    if task is None:
+                        exhausted = True
+                    else:
+                        self.submit(task)
+                if not self.num_active:
+                    return
+                yield from self.step()
+        finally:
+            self.cancel()
 
     def cancel(self) -> list[tuple[AgentTask, Trajectory]]:
-        """Stops everything, in the middle of a turn if need be; hands back what had begun."""
+        """Stops everything and frees the engine; hands back what had begun. Tells no event."""
         self._waiting.clear()
-        ended = []
-        for rollout in list(self._playing.values()):
+        playing, self._playing = self._playing, {}
+        for session, rollout in playing.items():
+            self.engine.close(session)
             rollout.trajectory.finish = "cancelled"
-            ended.append(self._end(rollout))
-        return ended
+        return [(rollout.task, rollout.trajectory) for rollout in playing.values()]
 
     def _start(self, task: AgentTask) -> _Rollout:
-        session = self.engine.open(task.query_id, task.sample)
-        rollout = _Rollout(task, session, self.engine.encoder.factor, self.sampling.seed)
+        rollout = _Rollout(task, self.engine.encoder.factor, self.sampling.seed)
         started = time.perf_counter()
         encoded = self.engine.encoder.prompt(task.messages(), rollout.load_image, task.preset)
         seconds = time.perf_counter() - started
         rollout.trajectory.turns.append(
             Turn("prompt", encoded.token_ids, encoded.text, images=encoded.refs, seconds=seconds)
         )
-        self._playing[session] = rollout
+        rollout.session = self.engine.open(task.query_id, task.sample)
+        self._playing[rollout.session] = rollout
         self._submit(rollout, encoded)
         return rollout
 
     def _submit(self, rollout: _Rollout, encoded: Encoded) -> None:
         """Hands the engine what the model reads next, unless the context cannot hold it and an answer."""
-        if rollout.trajectory.num_tokens + self.sampling.max_turn_tokens > self.engine.max_length:
+        needed = rollout.trajectory.num_tokens + self.sampling.max_turn_tokens
+        if needed > self.engine.max_length:
             rollout.trajectory.finish = "length"
+            rollout.trajectory.problems.append(
+                f"{needed} tokens are needed and the model reads at most {self.engine.max_length}: "
+                "show fewer candidates, lower the pixel budgets or max_turn_tokens"
+            )
         else:
             self.engine.submit(rollout.session, encoded, self.sampling)
 
@@ -273,7 +293,10 @@ class AgentLoop:
         last = trajectory.assistant_turns[-1].text if trajectory.assistant_turns else ""
         ranking = parse_ranking(last, trajectory.num_candidates)
         trajectory.order, trajectory.status = list(ranking.order), ranking.status
-        trajectory.problems = list(ranking.problems)
+        trajectory.problems += ranking.problems
+        if trajectory.finish != "answer" and trajectory.status == "ok":
+            trajectory.status = "repaired"
+            trajectory.problems.append("the answer did not stand in a turn of its own")
         self._on_event(Event("answer", rollout.task.query_id, order=tuple(trajectory.order), status=trajectory.status))
         return rollout.task, trajectory
 
@@ -281,9 +304,9 @@ class AgentLoop:
 class _Rollout:
     """A trajectory under way: its record, its pictures and what is left of its budget."""
 
-    def __init__(self, task: AgentTask, session: Session, factor: int, seed: int):
+    def __init__(self, task: AgentTask, factor: int, seed: int):
         self.task = task
-        self.session = session
+        self.session: Session | None = None
         self.calls_left = task.preset.max_calls if task.tools else 0
         self._warned = False
         self._images: list[Image.Image | None] = [
@@ -362,8 +385,9 @@ def play(
         on_event (`Callable[[Event], None]`, *optional*):
             Called with each [`Event`] as it happens.
     """
-    places = {id(task): place for place, task in enumerate(tasks)}
+    copies = [dataclasses.replace(task) for task in tasks]  # one task may stand in several places
+    places = {id(task): place for place, task in enumerate(copies)}
     trajectories: dict[int, Trajectory] = {}
-    for task, trajectory in AgentLoop(engine, sampling, on_event).run(tasks):
+    for task, trajectory in AgentLoop(engine, sampling, on_event).run(copies):
         trajectories[places[id(task)]] = trajectory
     return [trajectories[place] for place in range(len(tasks))]

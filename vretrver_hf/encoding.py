@@ -72,7 +72,8 @@ class Encoder:
         self.image_pad: int = self._special("<|image_pad|>")
         self.stop_ids: list[int] = [self.end_of_turn, self._special("<|endoftext|>"), self.end_of_call]
         self.suppressed_ids: list[int] = [
-            self._special(token) for token in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+            self._special(token)
+            for token in ("<|im_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
         ]
 
     def prompt(

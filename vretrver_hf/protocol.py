@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 IMAGE_MARK = "<image>"
 """Stands for one picture in the `prompt` column of a released data set."""
 
-_CONTROL_TOKEN = re.compile(r"<\|(?=[^|<>\s]{1,64}\|>)")
+_CONTROL = re.compile(r"<(?=\|[^|<>\s]{1,64}\|>|/?(?:think|tool_call|answer)>)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +117,7 @@ def get_preset(preset: str | Preset, **overrides: Any) -> Preset:
 
     >>> get_preset("foveated", max_calls=1).max_calls
     1
+
     ```
     """
     if isinstance(preset, str):
@@ -212,7 +213,7 @@ def build_messages(
 
     Pictures appear as `{"type": "image", "index": i}` where `i` is the image's number: 0 for the query's, `i` for
     candidate `i`'s. Who renders the prompt fetches pixels by that number, so that numbers never shift when an item has
-    no picture. Control tokens of the chat format inside an item's text are defused, so no text can end a turn or pose
+    no picture. Control tokens and tags inside an item's text are defused, so no text can end a turn or pose
     as a picture.
 
     Args:
@@ -367,7 +368,7 @@ def _item_blocks(item: Item, number: int, preset: Preset) -> list[dict[str, Any]
 
 
 def _defuse(text: str) -> str:
-    return _CONTROL_TOKEN.sub("< |", text)
+    return _CONTROL.sub("< ", text)
 
 
 def _text(text: str) -> dict[str, Any]:

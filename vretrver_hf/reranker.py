@@ -16,6 +16,7 @@ from .html import ranking_html
 from .images import ItemError
 from .items import Item, coerce_candidates, coerce_query
 from .protocol import Preset, get_preset
+from .tools import VisualTools
 from .trajectory import Trajectory
 from .windows import WindowWalk
 
@@ -155,7 +156,14 @@ class Reranker:
         self.stride = stride
         self.sampling = sampling or Sampling()
         self.tools = tools
-        WindowWalk(0, window, stride)  # refuses a window and a stride that do not go together, before any work
+        # Settings that cannot work are refused here, before any query.
+        WindowWalk(0, window, stride)
+        VisualTools(None, [], preset=self.preset, factor=engine.encoder.factor)
+        if self.sampling.max_turn_tokens >= engine.max_length:
+            raise ValueError(
+                f"max_turn_tokens is {self.sampling.max_turn_tokens} but the model reads at most {engine.max_length} "
+                "tokens, prompt included"
+            )
 
     @classmethod
     def from_pretrained(
@@ -167,7 +175,7 @@ class Reranker:
         window: int | None = None,
         stride: int | None = None,
         sampling: Sampling | None = None,
-        tools: bool = True,
+        tools: bool | None = None,
         revision: str | None = None,
         subfolder: str = "",
         **engine_kwargs: Any,
@@ -184,9 +192,9 @@ class Reranker:
                 Replaces the preset saved beside the model. A model without one is played as `"release"`, with a
                 warning.
             window (`int`, *optional*), stride (`int`, *optional*), sampling (`Sampling`, *optional*):
-                Replace what is saved beside the model.
-            tools (`bool`, *optional*, defaults to `True`):
-                Whether the model may call tools.
+                Replace what is saved beside the model. A window without a stride moves by half its size.
+            tools (`bool`, *optional*):
+                Whether the model may call tools; as saved beside the model, and else it may.
             revision (`str`, *optional*):
                 Branch, tag or commit on the hub.
             subfolder (`str`, *optional*, defaults to `""`):
@@ -195,7 +203,8 @@ class Reranker:
                 Passed to the engine: `dtype`, `device`, `attn_implementation`, `max_sessions`, …
 
         Raises:
-            `ValueError`: for an unknown engine or a model family without a chat template.
+            `ValueError`: for an unknown engine, a model family without a chat template, or settings beside the model
+                that this version does not know.
         """
         if engine != "transformers":
             raise ValueError(f"unknown engine {engine!r}: choose 'transformers'")
@@ -205,17 +214,17 @@ class Reranker:
             name = bundled_model()
         config = _load_config(name, revision, subfolder)
         loaded = TransformersEngine.from_pretrained(name, revision=revision, subfolder=subfolder, **engine_kwargs)
-        if preset is None and "preset" not in config:
+        if preset is None and not config:
             logger.warning("%s has no %s: playing it as preset 'release'", name, CONFIG_NAME)
-        if preset is None:
-            preset = Preset.from_dict(config["preset"]) if "preset" in config else "release"
+        if stride is None:
+            stride = config.get("stride", 10) if window is None else max(1, window // 2)
         return cls(
             loaded,
-            preset=preset,
-            window=window if window is not None else config.get("window", 20),
-            stride=stride if stride is not None else config.get("stride", 10),
-            sampling=sampling or Sampling(**config.get("sampling", {})),
-            tools=tools,
+            preset=preset or config.get("preset", "release"),
+            window=config.get("window", 20) if window is None else window,
+            stride=stride,
+            sampling=sampling or config.get("sampling"),
+            tools=config.get("tools", True) if tools is None else tools,
         )
 
     def rank(
@@ -310,7 +319,8 @@ class Reranker:
             on_event (`Callable[[Event], None]`, *optional*):
                 Called with each event of any query; `event.query_id` says whose.
             on_error (`str`, *optional*, defaults to `"raise"`):
-                `"record"` gives a query with an unusable item a ranking in input order whose `error` says why.
+                What an unusable item does when its query's turn comes. `"raise"` ends the batch; `"record"` gives the
+                query a ranking in input order whose `error` says why, and goes on.
             show_progress_bar (`bool`, *optional*, defaults to `False`):
                 Shows a bar that counts queries.
 
@@ -319,6 +329,8 @@ class Reranker:
         """
         from tqdm.auto import tqdm
 
+        if on_error not in ("raise", "record"):
+            raise ValueError(f"unknown on_error {on_error!r}: choose 'raise' or 'record'")
         jobs = self._jobs(pairs, top_k, on_error)
         rankings: dict[str, Ranking] = {}
         total = len(pairs) if isinstance(pairs, Sequence) else None
@@ -337,20 +349,21 @@ class Reranker:
         folder = Path(folder)
         model.save_pretrained(folder)
         self.engine.encoder.processor.save_pretrained(folder)
-        save_config(folder, self.preset, self.window, self.stride, self.sampling)
+        save_config(folder, self.preset, self.window, self.stride, self.sampling, self.tools)
 
     def _jobs(
         self, pairs: Iterable[tuple[Any, Iterable[Any]]], top_k: int | None, on_error: Literal["raise", "record"]
     ) -> Iterator[_Job]:
         for index, (query, candidates) in enumerate(pairs):
-            job = None
+            if on_error == "record" and not isinstance(candidates, Sequence):
+                candidates = list(candidates)
             try:
                 job = _Job(str(index), coerce_query(query), coerce_candidates(candidates), self, top_k)
                 job.check()
             except ItemError as error:
                 if on_error == "raise":
                     raise ItemError(f"query {index}: {error}") from error
-                job = job or _Job(str(index), Item(text="(unusable)"), [], self, top_k)
+                job = _Job(str(index), _salvaged(query, None), _salvaged_list(candidates), self, top_k)
                 job.error = str(error)
             yield job
 
@@ -372,6 +385,7 @@ class Reranker:
                         yield job.ranking()
                 if not loop.num_active:
                     return
+                yield None
                 for task, trajectory in loop.step():
                     job = open_jobs[task.query_id]
                     job.merge(trajectory)
@@ -410,18 +424,22 @@ def bundled_model() -> Path:
     return folder
 
 
-def save_config(folder: str | Path, preset: Preset, window: int, stride: int, sampling: Sampling) -> None:
+def save_config(
+    folder: str | Path, preset: Preset, window: int, stride: int, sampling: Sampling, tools: bool = True
+) -> None:
     """Writes `reranker_config.json`, which says how the model in `folder` is to be played."""
     config = {
         "preset": preset.to_dict(),
         "window": window,
         "stride": stride,
         "sampling": dataclasses.asdict(sampling),
+        "tools": tools,
     }
     Path(folder, CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _load_config(name: str | Path, revision: str | None, subfolder: str) -> dict[str, Any]:
+    """What [`save_config`] wrote, its parts made; empty where a model has no such file."""
     from transformers.utils import cached_file
 
     path = cached_file(
@@ -430,10 +448,34 @@ def _load_config(name: str | Path, revision: str | None, subfolder: str) -> dict
         revision=revision,
         subfolder=subfolder,
         _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
     )
-    return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    if path is None:
+        return {}
+    try:
+        config = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        unknown = sorted(set(config) - {"preset", "window", "stride", "sampling", "tools"})
+        if unknown:
+            raise ValueError(f"unknown settings {unknown}")
+        config["preset"] = Preset.from_dict(config["preset"])
+        config["sampling"] = Sampling.from_dict(config.get("sampling", {}))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{CONFIG_NAME} of {name} cannot be used: {error!r}") from error
+    return config
+
+
+def _salvaged(value: Any, item_id: str | None) -> Item:
+    """The item, or one that stands for what could not be used, so that every candidate keeps its place."""
+    try:
+        item = Item.coerce(value)
+    except ItemError:
+        item = Item(text="(unusable)")
+    return item if item_id is None else dataclasses.replace(item, id=item_id)
+
+
+def _salvaged_list(values: Any) -> list[Item]:
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        return []
+    return [_salvaged(value, str(index)) for index, value in enumerate(values)]
 
 
 class _Job:
@@ -454,6 +496,8 @@ class _Job:
         self.prompt = prompt
         self.trajectories: list[Trajectory] = []
         self.error: str | None = None
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
         self._top_k = top_k
         self._walk = WindowWalk(len(candidates), reranker.window, reranker.stride)
 

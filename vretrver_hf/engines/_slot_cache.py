@@ -57,6 +57,19 @@ class SlotCache(Cache):
                 layer.keys[target] = layer.keys[source]
                 layer.values[target] = layer.values[source]
 
+    def clear(self, row: int) -> None:
+        """
+        Forgets the row behind the last one in use, and all memory once none is in use. A masked column still meets a
+        weight of 0, and 0 × NaN would carry what went wrong in one conversation into the next.
+        """
+        for layer in self.layers:
+            if layer.is_initialized and row == 0:
+                layer.is_initialized = False
+                layer.keys = layer.values = None
+            elif layer.is_initialized and row < layer.keys.shape[0]:
+                layer.keys[row] = 0
+                layer.values[row] = 0
+
 
 class _Plan:
     def __init__(self, device: torch.device):

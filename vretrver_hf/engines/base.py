@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import random
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Collection
+from typing import Any, Literal
 
 from ..encoding import Encoded, Encoder
 
@@ -43,6 +44,14 @@ class Sampling:
             raise ValueError(f"top_k must not be negative, got {self.top_k}")
         if self.max_turn_tokens < 1:
             raise ValueError(f"max_turn_tokens must be positive, got {self.max_turn_tokens}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Sampling:
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown sampling settings {unknown}; this version knows {known}")
+        return cls(**values)
 
 
 class Session:
@@ -89,7 +98,8 @@ class Engine(ABC):
     Runs many conversations at once, each at its own turn.
 
     The caller opens a session, submits what the model reads next, and polls; each poll advances everything that is
-    under way until at least one turn is done. A session keeps its state between turns until it is closed.
+    under way until at least one turn is done. A session keeps its state between turns until it is
+    closed. Several callers may take turns on one engine, in one thread.
     """
 
     encoder: Encoder
@@ -107,8 +117,11 @@ class Engine(ABC):
         """Appends what the model reads and asks for its next turn."""
 
     @abstractmethod
-    def poll(self) -> list[TurnResult]:
-        """Advances all turns until at least one is done; empty when none is under way."""
+    def poll(self, sessions: Collection[Session]) -> list[TurnResult]:
+        """
+        Advances all turns until at least one of these sessions' is done. Finished turns of other sessions are kept for
+        whoever asks for them. Empty when none of these can be advanced.
+        """
 
     @abstractmethod
     def close(self, session: Session) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import time
+from collections.abc import Collection
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -64,6 +65,7 @@ class TransformersEngine(Engine):
         self._cache = SlotCache(model.config.get_text_config().num_hidden_layers, model.device)
         self._rows: list[_Session] = []  # row i of the cache belongs to _rows[i]
         self._waiting: collections.deque[_Session] = collections.deque()
+        self._done: dict[Session, TurnResult] = {}
         self._flash = "flash" in (model.config.get_text_config()._attn_implementation or "")
 
     @classmethod
@@ -134,21 +136,23 @@ class TransformersEngine(Engine):
         self._waiting.append(session)
 
     @torch.no_grad()
-    def poll(self) -> list[TurnResult]:
+    def poll(self, sessions: Collection[Session]) -> list[TurnResult]:
         while True:
+            asked = [session for session in sessions if session in self._done]
+            if asked:
+                return [self._done.pop(session) for session in asked]
             results = self._prefill()
-            if results:
-                return results
-            if not any(session.decoding for session in self._rows):
-                return []
-            results = self._decode()
-            if results:
-                return results
+            if not results:
+                if not any(session.decoding for session in self._rows):
+                    return []
+                results = self._decode()
+            self._done |= {result.session: result for result in results}
 
     def close(self, session: _Session) -> None:
-        if session.pending is not None:
+        if session in self._waiting:
             self._waiting.remove(session)
-            session.pending = None
+        self._done.pop(session, None)
+        session.pending = None
         session.decoding = False
         if session.row is None:
             return
@@ -159,6 +163,7 @@ class TransformersEngine(Engine):
             self._rows[session.row] = last
             last.row = session.row
         session.row = None
+        self._cache.clear(len(self._rows))
 
     def _prefill(self) -> list[TurnResult]:
         """Brings in waiting turns, as many at a time as fit, and samples each one's first token."""
@@ -174,14 +179,13 @@ class TransformersEngine(Engine):
         batch: list[_Session] = []
         longest = 0
         for session in list(self._waiting):
-            length = len(session.pending.token_ids) + len(session.unread)
-            longest = max(longest, length)
+            if session.row is None and len(self._rows) == self.max_sessions:
+                continue
+            longest = max(longest, len(session.pending.token_ids) + len(session.unread))
             full = longest * (len(batch) + 1) > self.prefill_tokens
             if batch and (full or self._flash or (session.num_tokens > 0) != (batch[0].num_tokens > 0)):
                 break
             if session.row is None:
-                if len(self._rows) == self.max_sessions:
-                    continue
                 session.row = len(self._rows)
                 self._rows.append(session)
             self._waiting.remove(session)
