@@ -12,7 +12,7 @@ from vretrver_hf.html import ranking_html, rankings_html
 from vretrver_hf.items import Item
 from vretrver_hf.parsing import parse_ranking, parse_turn
 from vretrver_hf.protocol import format_answer, format_call, format_turn, get_preset, last_word, malformed_observation
-from vretrver_hf.reranker import Ranking
+from vretrver_hf.ranking import Ranking
 from vretrver_hf.tools import VisualTools
 from vretrver_hf.trajectory import Trajectory, Turn
 

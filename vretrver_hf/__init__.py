@@ -13,7 +13,7 @@ _HOMES = {
     "Item": "items",
     "ItemError": "images",
     "Preset": "protocol",
-    "Ranking": "reranker",
+    "Ranking": "ranking",
     "Reranker": "reranker",
     "Trajectory": "trajectory",
     "VisualTools": "tools",
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from .images import ItemError
     from .items import Item
     from .protocol import Preset
-    from .reranker import Ranking, Reranker
+    from .ranking import Ranking
+    from .reranker import Reranker
     from .tools import VisualTools
     from .trajectory import Trajectory
 

@@ -20,7 +20,7 @@ from .tools import VisualTools
 
 if TYPE_CHECKING:
     from .items import Item
-    from .reranker import Ranking
+    from .ranking import Ranking
     from .trajectory import Trajectory, Turn
 
 # Longest sides of the embedded pictures, in pixels: beside a number, on a card, and as evidence.

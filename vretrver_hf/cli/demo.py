@@ -15,7 +15,7 @@ from .trace import Trace, calls, cost
 
 
 if TYPE_CHECKING:
-    from ..reranker import Ranking
+    from ..ranking import Ranking
 
 _FOLDER = Path("outputs", "demo")
 

@@ -14,7 +14,8 @@ from .common import one_line
 if TYPE_CHECKING:
     from ..agent import Event
     from ..items import Item
-    from ..reranker import Ranking, Reranker
+    from ..ranking import Ranking
+    from ..reranker import Reranker
 
 _WIDTH = 10
 _STYLES = {
