@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import chat_templates
 from .images import ImageRef, fit_size
+from .protocol import image_numbers
 from .tools import Observation
 
 
@@ -91,7 +92,7 @@ class Encoder:
                 Says how many pixels a picture in the prompt may have.
         """
         refs, images = [], []
-        for number in [block["index"] for m in messages for block in m["content"] if block["type"] == "image"]:
+        for number in image_numbers(messages):
             original = load_image(number)
             width, height = self.overview_size(original.size, preset)
             refs.append(ImageRef(index=number, width=width, height=height))
