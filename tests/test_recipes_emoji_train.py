@@ -39,7 +39,7 @@ from preset import MAX_TURN_TOKENS, PRESET  # noqa: E402
 from rows import Picture, PictureGroup, RowMaker, by_length, collate, token_positions  # noqa: E402
 from stages import Feed, Source  # noqa: E402
 from tokenizer import SPECIAL_TOKENS, VISIBLE_TOKENS, make_processor, make_tokenizer, merges_of  # noqa: E402
-from train_tiny import Plan, Trainer, load_table, save_model  # noqa: E402
+from train_tiny import Paused, Plan, Trainer, load_table, save_model  # noqa: E402
 from trajectories import Oracle  # noqa: E402
 
 from vretrver_hf.encoding import Encoder  # noqa: E402
@@ -499,6 +499,25 @@ def test_a_few_steps_learn_and_a_resumed_run_goes_on(source, processor, table, t
     resumed = Trainer(again, table, plan, tmp_path / "checkpoint.pt")
     assert resumed.resume() and resumed.step == 5 and resumed.spent == trainer.spent
     assert _loss(again, fixed, table) == pytest.approx(_loss(model, fixed, table), abs=1e-5)
+
+
+def test_a_paused_run_goes_on_where_it_stopped(source, processor, table, tmp_path):
+    toy = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = tiny_config(processor.tokenizer, num_key_value_heads=1, **toy)
+    plan = Plan("stage0", minutes=10, lr=1e-3, max_steps=3)
+    model = make_model(config)
+    with pytest.raises(Paused, match="after step 1; go on with --resume"):
+        Trainer(model, table, plan, tmp_path / "checkpoint.pt", pause_at=0.0).train(source_batches(source, 0))
+    again = Trainer(make_model(config, seed=1), table, plan, tmp_path / "checkpoint.pt")
+    assert again.resume() and again.step == 1
+    again.train(source_batches(source, again.step))
+    assert again.step == 3
+    for name, weight in again.model.state_dict().items():
+        assert weight.isfinite().all(), name
+
+
+def source_batches(source, start):
+    return Feed(source, workers=0).batches("stage0", 4, start)
 
 
 def _loss(model, parts, table) -> float:

@@ -78,6 +78,10 @@ class Plan:
         return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - self.warmup) / (1 - self.warmup))))
 
 
+class Paused(Exception):
+    """The time of this process is over, that of the stage is not."""
+
+
 class Trainer:
     """
     Trains one stage against the clock.
@@ -91,6 +95,9 @@ class Trainer:
             How to train.
         checkpoint (`Path`, *optional*):
             File for what a resumed run needs.
+        pause_at (`float`, *optional*):
+            Value of `time.monotonic()` at which to write the checkpoint and raise [`Paused`]; the schedule stays as it
+            is.
     """
 
     def __init__(
@@ -99,8 +106,10 @@ class Trainer:
         table: Tensor,
         plan: Plan,
         checkpoint: Path | None = None,
+        pause_at: float = math.inf,
     ):
         self.model, self.table, self.plan, self.checkpoint = model, table, plan, checkpoint
+        self.pause_at = pause_at
         self.device = table.device
         self.step, self.spent = 0, 0.0
         model.model.visual.requires_grad_(plan.stage == "stage0")
@@ -146,6 +155,9 @@ class Trainer:
             if self.spent - saved > CHECKPOINT_SECONDS:
                 self.save()
                 saved = self.spent
+            if time.monotonic() > self.pause_at:
+                self.save()
+                raise Paused(f"paused in {plan.stage} after step {self.step}; go on with --resume")
         if meter.steps:
             history.append(meter.report(plan.stage, 1.0, self.step, 0.0))
         self.save()
@@ -264,6 +276,8 @@ class Run:
             Whether stages go on from their checkpoints.
         max_steps (`int`, *optional*):
             Ends each stage earlier.
+        pause_after (`float`, *optional*):
+            Minutes from now after which to pause.
         device (`torch.device`):
             Where to train.
     """
@@ -277,10 +291,13 @@ class Run:
         evaluate: int,
         resume: bool,
         max_steps: int | None,
+        pause_after: float | None,
         device: torch.device,
     ):
         self.out, self.source, self.evaluate, self.resume, self.max_steps = out, source, evaluate, resume, max_steps
+        self.minutes = minutes
         self._end = time.monotonic() + 60 * minutes
+        self._pause_at = math.inf if pause_after is None else time.monotonic() + 60 * pause_after
         self.out.mkdir(parents=True, exist_ok=True)
         self.feed = Feed(source, workers)  # its workers are forked, so before anything touches the device
         if device.type == "cuda":
@@ -302,10 +319,15 @@ class Run:
 
     def train(self, plan: Plan, batch_size: int, name: str) -> None:
         """Trains a stage and saves the model under `name`."""
-        trainer = Trainer(self.model, self.table, plan, self.out / f"checkpoint-{plan.stage}.pt")
+        trainer = Trainer(self.model, self.table, plan, self.out / f"checkpoint-{plan.stage}.pt", self._pause_at)
         if self.resume and trainer.resume():
             print(f"{plan.stage}: going on after step {trainer.step}, {trainer.spent / 60:.1f} minutes")
-        trainer.train(self.feed.batches(plan.stage, batch_size, trainer.step))
+        try:
+            trainer.train(self.feed.batches(plan.stage, batch_size, trainer.step))
+        except Paused as pause:
+            self.close()
+            print(pause)
+            raise typer.Exit from pause
         save_model(self.model, self.source.processor, self.out / name)
 
     def test_choices(self) -> None:
@@ -337,12 +359,15 @@ def prepare(
     seed: Annotated[int, typer.Option(help="Seed of the first weights and of all draws.")] = 0,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoints in OUT.")] = False,
     max_steps: Annotated[int | None, typer.Option(help="End each stage after so many steps at the latest.")] = None,
+    pause_after: Annotated[
+        float | None, typer.Option(help="Minutes after which to pause, for --resume later.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to train; cuda where there is one, else cpu.")] = "",
 ) -> None:
     source = Source(data, processor or data / "processor", seed)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_float32_matmul_precision("high")
-    context.obj = lambda: Run(out, source, minutes, workers, evaluate, resume, max_steps, where)
+    context.obj = lambda: Run(out, source, minutes, workers, evaluate, resume, max_steps, pause_after, where)
 
 
 Rate = Annotated[float, typer.Option(help="Highest learning rate.")]
@@ -390,7 +415,8 @@ def both(
         minutes = share * run.minutes_left(CHOICES_MINUTES)
         run.train(Plan("stage0", minutes, stage0_lr, max_steps=run.max_steps), stage0_batch_size, "stage0")
         run.test_choices()
-        run.train(Plan("sft", run.minutes_left(), sft_lr, max_steps=run.max_steps), sft_batch_size, "model")
+        minutes = min(run.minutes_left(), (1 - share) * run.minutes)
+        run.train(Plan("sft", minutes, sft_lr, max_steps=run.max_steps), sft_batch_size, "model")
         run.close()
 
 
