@@ -50,6 +50,13 @@ from vretrver_hf.protocol import format_answer, format_call  # noqa: E402
 
 # A small vocabulary by hand: all bytes, then merges in the order of their ranks.
 MERGED = (" a", "ca", "an", "in", " ca", " can", "on", "\nC", "di", "da", "date", "th", " cand", " image", '{"', "er")
+TOY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+}
 TONES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
 JOBS = {"scientist": "1F52C", "cook": "1F373", "farmer": "1F33E", "judge": "2696"}
 ANIMALS = ("dog", "cat", "fox", "lion", "tiger", "horse", "zebra", "cow", "pig", "goat")
@@ -123,14 +130,7 @@ def processor(data):
 
 @pytest.fixture(scope="module")
 def model(processor) -> Qwen2_5_VLForConditionalGeneration:
-    toy = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-    }
-    model = make_model(tiny_config(processor.tokenizer, **toy)).eval()
+    model = make_model(tiny_config(processor.tokenizer, **TOY)).eval()
     with torch.no_grad():  # fresh weights are so small that mistakes would hide
         for weight in model.parameters():
             if weight.ndim > 1:
@@ -480,14 +480,7 @@ def test_the_real_size_is_small_enough():
 
 
 def test_a_few_steps_learn_and_a_resumed_run_goes_on(source, processor, table, tmp_path):
-    toy = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-    }
-    model = make_model(tiny_config(processor.tokenizer, **toy))
+    model = make_model(tiny_config(processor.tokenizer, **TOY))
     fixed = source.batch("stage0", 0, 8)
     plan = Plan("stage0", minutes=10, lr=3e-3, warmup=1e-6, max_steps=5)
     trainer = Trainer(model, table, plan, tmp_path / "checkpoint.pt")
@@ -495,15 +488,14 @@ def test_a_few_steps_learn_and_a_resumed_run_goes_on(source, processor, table, t
     trainer.train(iter([fixed] * 5))
     assert trainer.step == 5
     assert _loss(model, fixed, table) < before - 0.2
-    again = make_model(tiny_config(processor.tokenizer, **toy), seed=1)
+    again = make_model(tiny_config(processor.tokenizer, **TOY), seed=1)
     resumed = Trainer(again, table, plan, tmp_path / "checkpoint.pt")
     assert resumed.resume() and resumed.step == 5 and resumed.spent == trainer.spent
     assert _loss(again, fixed, table) == pytest.approx(_loss(model, fixed, table), abs=1e-5)
 
 
 def test_a_paused_run_goes_on_where_it_stopped(source, processor, table, tmp_path):
-    toy = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = tiny_config(processor.tokenizer, num_key_value_heads=1, **toy)
+    config = tiny_config(processor.tokenizer, **{**TOY, "num_hidden_layers": 1})
     plan = Plan("stage0", minutes=10, lr=1e-3, max_steps=3)
     model = make_model(config)
     with pytest.raises(Paused, match="after step 1; go on with --resume"):

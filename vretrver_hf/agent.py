@@ -163,9 +163,10 @@ class AgentLoop:
             try:
                 rollout = self._start(task)
             except ItemError as error:
-                ended.append((task, _failed(task, self.sampling.seed, error)))
-                order = tuple(range(len(task.candidates)))
-                self._on_event(Event("answer", task.query_id, str(error), order=order, status="fallback"))
+                failed = _failed(task, self.sampling.seed, error)
+                ended.append((task, failed))
+                order = tuple(failed.order)
+                self._on_event(Event("answer", task.query_id, failed.error, order=order, status=failed.status))
                 continue
             if rollout.trajectory.finish == "length":
                 ended.append(self._end(rollout))

@@ -46,7 +46,7 @@ def demo(
     if page is not None:
         check_output(page, "--out")
     samples = load_samples()[:limit]
-    reranker = load_reranker(model, device, dtype, tools=not no_tools)
+    reranker = load_reranker(model, device, dtype, tools=False if no_tools else None)
     trace = None if as_json else Trace()
     if trace is not None:
         trace.model(model, reranker)

@@ -60,7 +60,7 @@ def rank(
         check_output(html, "--html")
     if window is not None and stride is None:
         stride = window // 2
-    reranker = load_reranker(model, device, dtype, tools=not no_tools, window=window, stride=stride)
+    reranker = load_reranker(model, device, dtype, tools=False if no_tools else None, window=window, stride=stride)
     trace = None if as_json else Trace()
     if trace is not None:
         trace.model(model, reranker)
