@@ -36,7 +36,8 @@ from art import (  # noqa: E402
     write_archive,
 )
 from concepts import QUERIES, contradicts, load_concepts, may_be_confused, parse_concepts, phrasing  # noqa: E402
-from tasks import SPLITS, TASKS, Example, make_examples, pictures, split_codes  # noqa: E402
+from examples import SPLITS, Example  # noqa: E402
+from tasks import TASKS, make_examples, pictures, split_codes  # noqa: E402
 
 
 REAL_DATA = Path(os.environ.get("EMOJI_DATA", RECIPE / "data"))
@@ -347,18 +348,20 @@ class TestExamples:
         return make_examples(art, concepts, task, split, self.N, seed=7)
 
     def test_rules(self, examples, art, concepts, task, split):
-        by_caption = {text: code for code, concept in concepts.items() for text in concept.captions}
         positives = split_codes(concepts, split)
         allowed = positives if split == "train" else set(concepts)
         if split in ("test_combination", "test_artist"):
             allowed = allowed - split_codes(concepts, "test_concept")
         for example in examples:
-            codes = [by_caption[c] if isinstance(c, str) else c[1] for c in example.candidates]
+            codes = [entry.code for entry in example.candidates]
             positive = concepts[codes[example.positive]]
             assert len(set(example.candidates)) == len(set(codes)) == 5
             assert positive.code in positives
             assert allowed.issuperset(codes)
             self._check_relevance(example, [concepts[code] for code in codes], positive)
+            for entry in example.candidates:
+                assert entry.image is None or entry.image.code == entry.code
+                assert entry.text is None or entry.text in concepts[entry.code].captions
             self._check_pixels(example, art, codes, positive.code)
             for code in codes:
                 assert code == positive.code or not may_be_confused(positive, concepts[code]), example
@@ -371,20 +374,20 @@ class TestExamples:
             assert grade == expected
 
     def _check_pixels(self, example, art, codes, positive):
-        images = [c for c in example.candidates if not isinstance(c, str)]
+        images = [entry.image for entry in example.candidates if entry.image]
         assert len({art.image(*image).tobytes() for image in images}) == len(images)
-        if example.query_image:  # nothing may look like the query in the query artist's own hand
-            assert art.twins(example.query_image[0], positive).isdisjoint(codes)
+        if example.query.image:  # nothing may look like the query in the query artist's own hand
+            assert art.twins(example.query.image.artist, positive).isdisjoint(codes)
 
     def _check_shape(self, example, positive):
-        artists = {c[0] for c in example.candidates if not isinstance(c, str)}
+        artists = {entry.image.artist for entry in example.candidates if entry.image}
         assert len(artists) == (0 if example.task == "i2t" else 1)
         if example.task == "t2i":
-            assert example.query_text and example.query_image is None
+            assert example.query.text and example.query.image is None
         else:
-            assert example.query_text is None and example.query_image[1] == positive
-            assert example.query_image[0] not in artists
-        drawn_by = artists or {example.query_image[0]}
+            assert example.query.text is None and example.query.image.code == positive
+            assert example.query.image.artist not in artists
+        drawn_by = artists or {example.query.image.artist}
         assert drawn_by <= ({TEST_ARTIST} if example.split == "test_artist" else set(TRAIN_ARTISTS))
 
     def test_positions_are_uniform_and_negatives_hard(self, examples, task, split):
@@ -408,8 +411,8 @@ class TestQueries:
         """Every name, short name and keyword in a query belongs to the positive alone."""
         kinds = Counter()
         for example in make_examples(art, concepts, "t2i", "train", 3000, seed=3):
-            shown = [concepts[code] for _, code in example.candidates]
-            positive, text = shown.pop(example.positive), example.query_text
+            shown = [concepts[entry.code] for entry in example.candidates]
+            positive, text = shown.pop(example.positive), example.query.text
             if text in {query.format(wording) for query in QUERIES for wording in positive.captions}:
                 kinds["complete"] += 1
             elif text in {query.format(wording) for query in QUERIES for wording in positive.short_captions}:
@@ -425,7 +428,8 @@ class TestQueries:
         names = {concept.captions[-1] for concept in concepts.values() if len(concept.captions) > 1}
         phrases = {text for concept in concepts.values() for text in concept.captions[:-1]}
         for example in make_examples(art, concepts, "i2t", "train", 500, seed=0):
-            assert names.isdisjoint(example.candidates) or phrases.isdisjoint(example.candidates)
+            texts = [entry.text for entry in example.candidates]
+            assert names.isdisjoint(texts) or phrases.isdisjoint(texts)
 
     def test_unknown_names_and_empty_art_are_refused(self, small_data):
         art, concepts = Art.load(small_data), load_concepts(small_data)

@@ -24,6 +24,7 @@ from cases import View  # noqa: E402
 from choices import choice_share  # noqa: E402
 from concepts import parse_concepts  # noqa: E402
 from evaluate import wilson  # noqa: E402
+from examples import Drawing, Entry  # noqa: E402
 from model import (  # noqa: E402
     embed,
     encode_pictures,
@@ -359,8 +360,9 @@ def test_two_rivals_are_told_apart_in_words(source):
     artist = ARTISTS[0]
     example = source._examples["t2i"].make(1, 0)[0]
     shown = ["fox", "woman cook: tone 2", "dog", "woman cook: tone 5"]
-    example.query_text, example.relevance, example.positive = "a woman cook with dark skin", [0, 2, 0, 3], 3
-    example.candidates = [(artist, by_name[name]) for name in shown]
+    example.query, example.positive = Entry("a woman cook with dark skin", None, by_name[shown[3]]), 3
+    example.candidates = [Entry(None, Drawing(artist, by_name[name]), by_name[name]) for name in shown]
+    example.relevance = [0, 2, 0, 3]
     texts = set()
     for seed in range(40):
         messages, _ = Oracle(concepts).play(source.cases.plain(example), random.Random(seed))

@@ -20,8 +20,9 @@ from typing import Annotated
 import typer
 from art import ARTISTS, SIZE, SOURCES, TWIN_TOLERANCE, Art, fetch, packages, read_member, render_artist, slim
 from concepts import Concept, load_concepts
+from examples import SPLITS, Example
 from sheets import draw_sheet
-from tasks import SPLITS, TASKS, Example, make_examples, pictures
+from tasks import TASKS, make_examples, pictures
 
 
 STEPS = ("fetch", "slim", "render", "examples")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from art import SIZE, Art
 from concepts import Concept, caption
+from examples import Drawing, Entry, Example
 from PIL import Image
 from preset import OVERVIEW_PIXELS, PRESET
 from rows import FACTOR, Picture
-from tasks import Example
 
 from vretrver_hf.images import ImageRef, fit_size
 from vretrver_hf.items import Item
@@ -132,7 +132,6 @@ class CaseMaker:
         for artist, codes in art.codes.items():
             self.first_rows[artist] = rows
             rows += len(codes)
-        self._meaning = {words: concept for concept in concepts.values() for words in concept.captions}
 
     def row(self, artist: str, code: str) -> int:
         """Place of a picture in the table that holds all artists' pictures one after another."""
@@ -140,7 +139,7 @@ class CaseMaker:
 
     def plain(self, example: Example) -> Case:
         """The example as it is, each picture whole and square: for evaluation."""
-        return self._make(example, lambda artist, code: View(self.row(artist, code)))
+        return self._make(example, lambda drawing: View(self.row(*drawing)))
 
     def varied(
         self, example: Example, rng: random.Random, shape: tuple[int, int] = (1, 1), mixed: float = 0.1
@@ -158,19 +157,17 @@ class CaseMaker:
             mixed (`float`, *optional*, defaults to 0.1):
                 Share of cases in which some pictures give way to, or are joined by, text.
         """
-        case = self._make(example, lambda artist, code: draw_view(self.row(artist, code), shape, rng))
+        case = self._make(example, lambda drawing: draw_view(self.row(*drawing), shape, rng))
         if example.task != "i2t" and rng.random() < mixed:
             case = _mix(case, rng)
         return case
 
-    def _make(self, example: Example, look: Any) -> Case:
-        def side(value: str | tuple[str, str]) -> Side:
-            if isinstance(value, str):
-                return Side(text=value, concept=self._meaning.get(value))
-            return Side(view=look(*value), concept=self.concepts[value[1]])
+    def _make(self, example: Example, look: Callable[[Drawing], View]) -> Case:
+        def side(entry: Entry) -> Side:
+            view = None if entry.image is None else look(entry.image)
+            return Side(entry.text, view, None if entry.code is None else self.concepts[entry.code])
 
-        query = Side(text=example.query_text) if example.query_image is None else side(example.query_image)
-        return Case(query, [side(value) for value in example.candidates], list(example.relevance))
+        return Case(side(example.query), [side(entry) for entry in example.candidates], list(example.relevance))
 
 
 def draw_view(row: int, shape: tuple[int, int], rng: random.Random) -> View:

@@ -15,8 +15,9 @@ from typing import Annotated
 import typer
 from art import Art
 from concepts import load_concepts
+from examples import Entry, Example
 from PIL import Image
-from tasks import Example, ExampleMaker
+from tasks import ExampleMaker
 
 from vretrver_hf import Item, Ranking, Reranker
 
@@ -64,11 +65,11 @@ def main(
 def pair(art: Art, example: Example) -> tuple[Item, list[Item]]:
     """An example as the reranker takes it."""
 
-    def item(value: str | tuple[str, str]) -> Item:
-        return Item(text=value) if isinstance(value, str) else Item(image=Image.fromarray(art.image(*value)))
+    def item(entry: Entry) -> Item:
+        image = None if entry.image is None else Image.fromarray(art.image(*entry.image))
+        return Item(text=entry.text, image=image)
 
-    query = Item(text=example.query_text) if example.query_image is None else item(example.query_image)
-    return query, [item(candidate) for candidate in example.candidates]
+    return item(example.query), [item(candidate) for candidate in example.candidates]
 
 
 def figures(examples: list[Example], rankings: list[Ranking]) -> dict:

@@ -19,8 +19,9 @@ import numpy as np
 import typer
 from art import SOURCES, Art, render, svgs
 from concepts import Concept, load_concepts
+from examples import Drawing, Entry, Example
 from PIL import Image
-from tasks import Example, ExampleMaker
+from tasks import ExampleMaker
 
 
 SAMPLES = Path(__file__).parents[2] / "vretrver_hf" / "assets" / "samples"
@@ -158,22 +159,22 @@ def compare(fresh: Path, kept: Path) -> list[str]:
 
 
 def _row(task: str, example: Example, concepts: dict[str, Concept]) -> dict[str, Any]:
-    def item(value: str | tuple[str, str]) -> dict[str, str]:
-        if isinstance(value, str):
-            return {"text": value}
-        return {"image": _file(*value), "id": concepts[value[1]].name}
+    def item(entry: Entry) -> dict[str, str]:
+        if entry.image is None:
+            return {"text": entry.text}
+        return {"image": _file(*entry.image), "id": concepts[entry.code].name}
 
     return {
         "id": example.qid,
         "task": task,
-        "query": item(example.query_text or example.query_image),
+        "query": item(example.query),
         "candidates": [item(candidate) for candidate in example.candidates],
         "positive": example.positive,
     }
 
 
-def _pictures(example: Example) -> list[tuple[str, str]]:
-    return [value for value in [example.query_image, *example.candidates] if isinstance(value, tuple)]
+def _pictures(example: Example) -> list[Drawing]:
+    return [entry.image for entry in example.entries if entry.image is not None]
 
 
 def _artist(example: Example) -> str:
@@ -182,8 +183,7 @@ def _artist(example: Example) -> str:
 
 
 def _positive(example: Example, concepts: dict[str, Concept]) -> Concept:
-    right = example.candidates[example.positive]
-    return concepts[example.query_image[1] if isinstance(right, str) else right[1]]
+    return concepts[example.candidates[example.positive].code]
 
 
 def _file(artist: str, code: str) -> str:

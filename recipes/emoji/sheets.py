@@ -7,8 +7,8 @@ import unicodedata
 from pathlib import Path
 
 from art import Art
+from examples import Drawing, Entry, Example
 from PIL import Image, ImageDraw, ImageFont
-from tasks import Example
 
 
 CELL = 112
@@ -50,30 +50,30 @@ def draw_sheet(art: Art, examples: list[Example], path: str | Path) -> None:
 
 
 def _draw_query(sheet: Image.Image, draw: ImageDraw.ImageDraw, art: Art, example: Example, top: int) -> None:
-    if example.query_image:
-        sheet.paste(_cell(art, example.query_image), (8, top))
-        draw.text((8 + CELL + 6, top + 40), example.query_image[0], BLACK, font=_font(12))
-    if example.query_text:
-        artist = example.candidates[0][0]
-        _draw_text(draw, example.query_text, (8, top + 8), 28)
-        draw.text((8, top + CELL + 3), artist, GREEN, font=_font(11))
+    query = example.query
+    if query.image:
+        sheet.paste(_cell(art, query.image), (8, top))
+        draw.text((8 + CELL + 6, top + 40), query.image.artist, BLACK, font=_font(12))
+    if query.text:
+        _draw_text(draw, query.text, (8, top + 8), 28)
+        draw.text((8, top + CELL + 3), example.candidates[0].image.artist, GREEN, font=_font(11))
 
 
 def _draw_candidate(
     sheet: Image.Image,
     draw: ImageDraw.ImageDraw,
     art: Art,
-    candidate: tuple[str, str] | str,
+    candidate: Entry,
     place: tuple[int, int, int],
 ) -> None:
     left, top, _ = place
-    if isinstance(candidate, str):
-        _draw_text(draw, candidate, (left + 6, top + 8), 20)
+    if candidate.image is None:
+        _draw_text(draw, candidate.text, (left + 6, top + 8), 20)
     else:
-        sheet.paste(_cell(art, candidate), (left, top))
+        sheet.paste(_cell(art, candidate.image), (left, top))
 
 
-def _cell(art: Art, picture: tuple[str, str]) -> Image.Image:
+def _cell(art: Art, picture: Drawing) -> Image.Image:
     return Image.fromarray(art.image(*picture)).resize((CELL, CELL), Image.Resampling.LANCZOS)
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from art import ARTISTS, Art
 from cases import Case, CaseMaker, Side, draw_view
 from concepts import Concept, caption, load_concepts
+from examples import Example
 from preset import INSPECT_PIXELS, OVERVIEW_PIXELS
 from rows import Batch, Row, RowMaker, by_length, collate
-from tasks import TASKS, Example, ExampleMaker, pictures
+from tasks import TASKS, ExampleMaker, pictures
 from tokenizers import Tokenizer
 from trajectories import Oracle
 

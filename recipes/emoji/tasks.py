@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 
 from art import TEST_ARTIST, TRAIN_ARTISTS, Art
 from concepts import Concept, as_query, as_tag_query, may_be_confused
+from examples import SPLITS, Drawing, Entry, Example
 
 
 TASKS = ("t2i", "i2i", "i2t")
 """Text to image, image to image by another artist, image to text."""
-SPLITS = ("train", "test_combination", "test_concept", "test_artist")
 SPLIT_SEED = 0
 """What is held out never depends on the seed of the examples."""
 
@@ -29,43 +28,6 @@ TAG_SHARE, SHORT_SHARE = 0.15, 0.3
 """Shares of text queries by keywords, and of default-skinned positives whose skin is left unsaid."""
 RARE_TAG = 8
 """A keyword may be a query if no more than this many base concepts carry it."""
-
-
-@dataclass(slots=True)
-class Example:
-    """
-    One query and its candidates.
-
-    Args:
-        qid (`str`): Unique name.
-        task (`str`): One of `TASKS`.
-        split (`str`): One of `SPLITS`.
-        query_text (`str` or `None`): The query of "t2i".
-        query_image (`tuple[str, str]` or `None`): (artist, code) of the query of "i2i" and "i2t".
-        candidates (`list`): (artist, code) each, or texts for "i2t".
-        positive (`int`): 0-based index of the right candidate.
-        relevance (`list[int]`): 3 the positive, 2 another variant of it, 1 its subgroup, 0 anything else.
-    """
-
-    qid: str
-    task: str
-    split: str
-    query_text: str | None
-    query_image: tuple[str, str] | None
-    candidates: list[tuple[str, str]] | list[str]
-    positive: int
-    relevance: list[int]
-
-    def to_dict(self) -> dict:
-        """The example as plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> Example:
-        """The inverse of `to_dict`, after JSON too."""
-        image = values["query_image"]
-        candidates = [c if isinstance(c, str) else tuple(c) for c in values["candidates"]]
-        return cls(**values | {"query_image": image and tuple(image), "candidates": candidates})
 
 
 def split_codes(concepts: dict[str, Concept], split: str, seed: int = SPLIT_SEED) -> frozenset[str]:
@@ -97,7 +59,7 @@ def split_codes(concepts: dict[str, Concept], split: str, seed: int = SPLIT_SEED
     }[split]
 
 
-def pictures(art: Art, concepts: dict[str, Concept], split: str) -> list[tuple[str, str]]:
+def pictures(art: Art, concepts: dict[str, Concept], split: str) -> list[Drawing]:
     """
     The pictures that may be positives in a split, for captioning and the like.
 
@@ -109,12 +71,12 @@ def pictures(art: Art, concepts: dict[str, Concept], split: str) -> list[tuple[s
         split (`str`): One of `SPLITS`.
 
     Returns:
-        `list[tuple[str, str]]`: (artist, code), sorted by artist, then code.
+        `list[Drawing]`: Sorted by artist, then code.
     """
     codes, seen = split_codes(concepts, split), split_codes(concepts, "train")
     artists = (TEST_ARTIST,) if split == "test_artist" else TRAIN_ARTISTS
     return [
-        (artist, code)
+        Drawing(artist, code)
         for artist in artists
         if artist in art.codes
         for code in sorted(codes.intersection(art.codes[artist]))
@@ -233,20 +195,22 @@ class ExampleMaker:
         text, ignore, tags = self._word(concept, rng)
         banned = {concept.code, *self.art.twins(artist, concept.code)}
         chosen = self._negatives(artist, concept, banned, rng, ignore, tags)
-        return self._example(qid, rng, concept, chosen, artist, query_text=text)
+        return self._example(qid, rng, concept, chosen, artist, Entry(text, None, concept.code))
 
     def _image_to_image(self, rng: random.Random, qid: str) -> Example:
         artist, concept, query_artist = self._draw_positive(rng)
         twins = (self.art.twins(by, concept.code) for by in (artist, query_artist))
         banned = {concept.code}.union(*twins)
         chosen = self._negatives(artist, concept, banned, rng)
-        return self._example(qid, rng, concept, chosen, artist, query_image=(query_artist, concept.code))
+        query = Entry(None, Drawing(query_artist, concept.code), concept.code)
+        return self._example(qid, rng, concept, chosen, artist, query)
 
     def _image_to_text(self, rng: random.Random, qid: str) -> Example:
         artist, concept, _ = self._draw_positive(rng)
         banned = {concept.code, *self.art.twins(artist, concept.code)}
         chosen = self._negatives(artist, concept, banned, rng)
-        return self._example(qid, rng, concept, chosen, artist, query_image=(artist, concept.code))
+        query = Entry(None, Drawing(artist, concept.code), concept.code)
+        return self._example(qid, rng, concept, chosen, artist, query)
 
     def _word(self, concept: Concept, rng: random.Random) -> tuple[str, tuple[str, ...], list[str]]:
         """A text query, the attributes that it leaves unsaid, and the keywords that it uses."""
@@ -290,18 +254,17 @@ class ExampleMaker:
         concept: Concept,
         negatives: list[Concept],
         artist: str,
-        query_text: str | None = None,
-        query_image: tuple[str, str] | None = None,
+        query: Entry,
     ) -> Example:
         position = int(rng.random() * self.num_candidates)
         shown = [*negatives[:position], concept, *negatives[position:]]
         if self.task == "i2t":
             style = int(rng.random() * 3)  # one wording for all, as in a catalogue
-            candidates = [_worded(other.captions, style) for other in shown]
+            candidates = [Entry(_worded(other.captions, style), None, other.code) for other in shown]
         else:
-            candidates = [(artist, other.code) for other in shown]
+            candidates = [Entry(None, Drawing(artist, other.code), other.code) for other in shown]
         relevance = [_relevance(concept, other) for other in shown]
-        return Example(qid, self.task, self.split, query_text, query_image, candidates, position, relevance)
+        return Example(qid, self.task, self.split, query, candidates, position, relevance)
 
 
 class _Pools:
