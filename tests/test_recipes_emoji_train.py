@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import sys
@@ -24,7 +25,7 @@ from cases import View  # noqa: E402
 from choices import choice_share  # noqa: E402
 from concepts import parse_concepts  # noqa: E402
 from evaluate import wilson  # noqa: E402
-from examples import Drawing, Entry  # noqa: E402
+from examples import Drawing, Entry, Placed, Scene  # noqa: E402
 from model import (  # noqa: E402
     embed,
     encode_pictures,
@@ -58,6 +59,7 @@ TOY = {
     "num_attention_heads": 1,
     "num_key_value_heads": 1,
 }
+WHOLE = (0, 0, SIZE, SIZE)
 TONES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
 JOBS = {"scientist": "1F52C", "cook": "1F373", "farmer": "1F33E", "judge": "2696"}
 ANIMALS = ("dog", "cat", "fox", "lion", "tiger", "horse", "zebra", "cow", "pig", "goat")
@@ -155,8 +157,9 @@ def _pixels(table: torch.Tensor, picture: Picture) -> Image.Image:
 
 
 def _tensors(group: PictureGroup) -> PictureGroup:
-    values = (torch.from_numpy(value) for name, value in vars(group).items() if name != "size")
-    return PictureGroup(group.size, *(value if value.is_floating_point() else value.long() for value in values))
+    arrays = {name: torch.from_numpy(value) for name, value in vars(group).items() if isinstance(value, np.ndarray)}
+    tensors = {name: value if value.is_floating_point() else value.long() for name, value in arrays.items()}
+    return dataclasses.replace(group, **tensors)
 
 
 def _plain_inputs(processor, table, row) -> dict[str, torch.Tensor]:
@@ -388,7 +391,7 @@ def test_two_rivals_are_told_apart_in_words(source):
 def test_pictures_are_what_the_tools_render(table, ref):
     row = 7
     expected = ref.render(Image.fromarray(table[row].numpy()))
-    found = _pixels(table, View(row).shown(ref))
+    found = _pixels(table, View(((row, WHOLE),)).shown(ref))
     _assert_alike(found, expected)
 
 
@@ -399,7 +402,7 @@ def _assert_alike(found: Image.Image, expected: Image.Image) -> None:
 
 
 def test_beyond_its_edges_a_picture_is_white(table):
-    wide = View(3, box=(-84, 0, SIZE + 84, SIZE), size=(336, 168))
+    wide = View(((3, (-84, 0, SIZE + 84, SIZE)),), size=(336, 168))
     canvas = Image.new("RGB", (336, 168), "white")
     canvas.paste(Image.fromarray(table[3].numpy()), (84, 0))
     ref = ImageRef(0, 112, 56)
@@ -407,9 +410,35 @@ def test_beyond_its_edges_a_picture_is_white(table):
 
 
 def test_a_region_of_an_original_is_that_region_of_what_is_stored():
-    view = View(0, box=(-84, 0, SIZE + 84, SIZE), size=(672, 336))  # stored pixels are two of the original
+    view = View(((0, (-84, 0, SIZE + 84, SIZE)),), size=(672, 336))  # stored pixels are two of the original
     picture = view.shown(ImageRef(0, 56, 84, box=(168, 100, 368, 300)))
-    assert picture == Picture(0, (0.0, 50.0, 100.0, 150.0), (56, 84))
+    assert picture == Picture(((0, (0.0, 50.0, 100.0, 150.0)),), (56, 84))
+
+
+@pytest.mark.parametrize(
+    "ref",
+    [
+        ImageRef(0, 84, 84),
+        ImageRef(0, 56, 56),
+        ImageRef(0, 140, 140),
+        ImageRef(0, 140, 140, box=(590, 40, 790, 240)),  # one drawing whole, another cut
+        ImageRef(0, 84, 140, box=(0, 0, 100, 160)),  # nothing in it
+    ],
+)
+def test_a_scene_is_what_the_tools_render_of_it(source, table, ref):
+    codes = source.art.codes[ARTISTS[0]]
+    places = [(0, 300, 56), (640, 80, 48), (780, 180, 56), (600, 800, 300), (956, 952, 52)]
+    objects = tuple(Placed(Drawing(ARTISTS[0], codes[n]), *place) for n, place in enumerate(places))
+    canvas = Image.new("RGB", (1008, 1008), "white")
+    for drawing, left, top, side in objects:
+        stored = Image.fromarray(table[source.cases.row(*drawing)].numpy())
+        canvas.paste(stored.resize((side, side), Image.Resampling.BICUBIC), (left, top))
+    view = source.cases._view_of(Scene(objects, 0, 1008))
+    found, expected = (np.asarray(picture, int) for picture in (_pixels(table, view.shown(ref)), ref.render(canvas)))
+    # The scene is resized twice on its way and the layers once, so that edges differ a little.
+    difference = np.abs(found - expected)
+    assert difference.mean() < 1 and difference[expected < 255].sum() <= 12 * (expected < 255).sum()
+    assert (expected == 255).all() == (found == 255).all()
 
 
 # --- the quick way through the model ---------------------------------------------------------------------------------
@@ -417,7 +446,7 @@ def test_a_region_of_an_original_is_that_region_of_what_is_stored():
 
 @pytest.mark.parametrize("size", [(84, 84), (140, 140), (56, 112), (140, 84)])
 def test_the_batched_tower_equals_the_plain_one(model, processor, table, size):
-    pictures = [Picture(row, (0, 0, SIZE, SIZE), size) for row in range(3)]
+    pictures = [Picture(((row, WHOLE),), size) for row in range(3)]
     images = [_pixels(table, picture) for picture in pictures]
     plain = processor.image_processor(images, return_tensors="pt")
     group = PictureGroup.of(pictures, [np.zeros(pictures[0].num_tokens, np.int64)] * 3)

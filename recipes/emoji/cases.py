@@ -10,10 +10,10 @@ from typing import Any
 
 from art import SIZE, Art
 from concepts import Concept, caption
-from examples import Drawing, Entry, Example
+from examples import Drawing, Entry, Example, Scene
 from PIL import Image
 from preset import OVERVIEW_PIXELS, PRESET
-from rows import FACTOR, Picture
+from rows import FACTOR, Layer, Picture
 
 from vretrver_hf.images import ImageRef, fit_size
 from vretrver_hf.items import Item
@@ -21,34 +21,39 @@ from vretrver_hf.protocol import Preset, build_messages, image_numbers
 from vretrver_hf.tools import VisualTools
 
 
+_WHOLE = (0, 0, SIZE, SIZE)
+_NOTHING = (0, (-3 * SIZE, -3 * SIZE, -2 * SIZE, -2 * SIZE))
+"""A layer of which nothing is seen: where a region of a scene is empty."""
+_MIXED = ("t2i", "i2i")
+"""Tasks whose picture candidates may as well be named, or both shown and named."""
 _ORIGINAL_SIDES = (168, 168, 168, 252, 336, 512)
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
     """
-    A stored picture, posing as an original of any size and shape.
+    An original of any size and shape, made of stored pictures.
 
     Args:
-        row (`int`):
-            Its place in the table of all stored pictures.
-        box (`tuple[float, float, float, float]`, *optional*):
-            What the original shows of it, in stored pixels; beyond its edges all is white. The whole by default.
+        layers (`tuple[Layer, ...]`):
+            The stored pictures in it, each with the part of it that the whole original shows.
         size (`tuple[int, int]`, *optional*):
             Width and height of the original in pixels.
     """
 
-    row: int
-    box: tuple[float, float, float, float] = (0, 0, SIZE, SIZE)
+    layers: tuple[Layer, ...]
     size: tuple[int, int] = (SIZE, SIZE)
 
     def shown(self, ref: ImageRef) -> Picture:
         """The original as `ref` shows it."""
         left, top, right, bottom = ref.box or (0, 0, *self.size)
-        across, down = (self.box[2] - self.box[0]) / self.size[0], (self.box[3] - self.box[1]) / self.size[1]
-        x, y = self.box[:2]
-        box = (x + left * across, y + top * down, x + right * across, y + bottom * down)
-        return Picture(self.row, box, (ref.width, ref.height))
+        layers = []
+        for row, (x1, y1, x2, y2) in self.layers:
+            across, down = (x2 - x1) / self.size[0], (y2 - y1) / self.size[1]
+            box = (x1 + left * across, y1 + top * down, x1 + right * across, y1 + bottom * down)
+            if box[0] < SIZE and box[1] < SIZE and box[2] > 0 and box[3] > 0:
+                layers.append((row, box))
+        return Picture(tuple(layers) or (_NOTHING,), (ref.width, ref.height))
 
     def within(self, max_pixels: int) -> Picture:
         """The whole original, as large as a budget of pixels allows."""
@@ -58,11 +63,24 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """A query or a candidate: text, a picture or both, and what it means, where that is known."""
+    """
+    A query or a candidate.
+
+    Args:
+        text (`str`, *optional*):
+            Its text.
+        view (`View`, *optional*):
+            Its picture.
+        concept (`Concept`, *optional*):
+            What it means, where that is known; for a scene, what the question is about.
+        scene (`Scene`, *optional*):
+            What stands where, if the picture is a scene.
+    """
 
     text: str | None = None
     view: View | None = None
     concept: Concept | None = None
+    scene: Scene | None = None
 
     @functools.cached_property
     def item(self) -> Item:
@@ -82,6 +100,8 @@ class Case:
             The candidates, in prompt order.
         relevance (`list[int]`):
             Of each candidate, higher is better; the best is alone at its grade.
+        task (`str`, *optional*), kind (`str`, *optional*):
+            As in [`Example`].
         overview_pixels (`int`, *optional*):
             Most pixels of a picture in the prompt.
     """
@@ -89,6 +109,8 @@ class Case:
     query: Side
     candidates: list[Side]
     relevance: list[int]
+    task: str = ""
+    kind: str = ""
     overview_pixels: int = OVERVIEW_PIXELS
 
     @property
@@ -139,7 +161,7 @@ class CaseMaker:
 
     def plain(self, example: Example) -> Case:
         """The example as it is, each picture whole and square: for evaluation."""
-        return self._make(example, lambda drawing: View(self.row(*drawing)))
+        return self._make(example, lambda drawing: View(((self.row(*drawing), _WHOLE),)))
 
     def varied(
         self, example: Example, rng: random.Random, shape: tuple[int, int] = (1, 1), mixed: float = 0.1
@@ -158,16 +180,28 @@ class CaseMaker:
                 Share of cases in which some pictures give way to, or are joined by, text.
         """
         case = self._make(example, lambda drawing: draw_view(self.row(*drawing), shape, rng))
-        if example.task != "i2t" and rng.random() < mixed:
+        if example.task in _MIXED and rng.random() < mixed and case.candidates[0].scene is None:
             case = _mix(case, rng)
         return case
 
     def _make(self, example: Example, look: Callable[[Drawing], View]) -> Case:
         def side(entry: Entry) -> Side:
-            view = None if entry.image is None else look(entry.image)
-            return Side(entry.text, view, None if entry.code is None else self.concepts[entry.code])
+            concept = None if entry.code is None else self.concepts[entry.code]
+            if isinstance(entry.image, Scene):
+                return Side(entry.text, self._view_of(entry.image), concept, entry.image)
+            return Side(entry.text, None if entry.image is None else look(entry.image), concept)
 
-        return Case(side(example.query), [side(entry) for entry in example.candidates], list(example.relevance))
+        candidates = [side(entry) for entry in example.candidates]
+        return Case(side(example.query), candidates, list(example.relevance), example.task, example.kind)
+
+    def _view_of(self, scene: Scene) -> View:
+        """Each drawing as a layer of which the scene shows all, and much white around it."""
+        layers = []
+        for drawing, left, top, side in scene.objects:
+            scale = SIZE / side
+            box = (-left * scale, -top * scale, (scene.side - left) * scale, (scene.side - top) * scale)
+            layers.append((self.row(*drawing), box))
+        return View(tuple(layers), (scene.side, scene.side))
 
 
 def draw_view(row: int, shape: tuple[int, int], rng: random.Random) -> View:
@@ -191,7 +225,7 @@ def draw_view(row: int, shape: tuple[int, int], rng: random.Random) -> View:
     x, y = (wide - SIZE) // 2, (high - SIZE) // 2
     box = (right - grow - x, down - grow - y, SIZE + right + grow + x, SIZE + down + grow + y)
     side = rng.choice(_ORIGINAL_SIDES)
-    return View(row, box, (side * wide // SIZE, side * high // SIZE))
+    return View(((row, box),), (side * wide // SIZE, side * high // SIZE))
 
 
 def _mix(case: Case, rng: random.Random) -> Case:

@@ -24,9 +24,6 @@ MERGE = 2
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
-_MARGIN = 168
-"""Pixels of white around a stored picture that a box may reach into."""
-
 
 def tiny_config(tokenizer: PreTrainedTokenizerBase, **text_overrides: Any) -> Qwen2_5_VLConfig:
     """
@@ -96,10 +93,11 @@ def num_parameters(model: nn.Module) -> int:
 
 def render_group(group: PictureGroup, table: Tensor) -> Tensor:
     """
-    Cuts a box out of each picture of a group and resizes it as Pillow's bicubic filter does, all at once.
+    Cuts a box out of each layer of a group and resizes it as Pillow's bicubic filter does, all at once.
 
     Resizing is linear along each axis, so it is two matrix products, with matrices that hold the box, the scale and
-    the filter. What lies outside a picture is white.
+    the filter. What lies outside a stored picture is white, and those of a scene do not overlap, so that their ink
+    adds up.
 
     Args:
         group (`PictureGroup`):
@@ -114,14 +112,16 @@ def render_group(group: PictureGroup, table: Tensor) -> Tensor:
     dtype = torch.float16 if table.is_cuda else torch.float32
     # White is zero here, so that what lies outside needs no terms of its own.
     ink = (255 - table[group.rows]).to(dtype)
-    across = _resize_matrices(group.columns, width, stored_width).to(dtype)[group.column_of]
-    down = _resize_matrices(group.lines, height, stored_height).to(dtype)[group.line_of]
+    across = _resize_matrices(group.columns, width, stored_width, group.reach).to(dtype)[group.column_of]
+    down = _resize_matrices(group.lines, height, stored_height, group.reach).to(dtype)[group.line_of]
     # Pillow goes across first, and rounds in between.
     count = len(ink)
     ink = ink.permute(0, 2, 1, 3).reshape(count, stored_width, stored_height * 3)
     ink = torch.bmm(across, ink).clamp(0, 255).round()
     ink = ink.view(count, width, stored_height, 3).permute(0, 2, 1, 3).reshape(count, stored_height, width * 3)
     ink = torch.bmm(down, ink).clamp(0, 255).round().view(count, height, width, 3)
+    if len(ink) > len(group.places):
+        ink = ink.new_zeros(len(group.places), *ink.shape[1:]).index_add_(0, group.picture_of, ink).clamp(max=255)
     return 255 - ink.permute(0, 3, 1, 2).float()
 
 
@@ -268,16 +268,17 @@ def _patch_positions(size: tuple[int, int], device: torch.device) -> Tensor:
     return blocks.reshape(-1, 2).to(device)
 
 
-def _resize_matrices(spans: Tensor, out: int, side: int) -> Tensor:
+def _resize_matrices(spans: Tensor, out: int, side: int, reach: int) -> Tensor:
     """Matrices (spans, out, side) that cut [low, high) out of `side` pixels and resize it to `out` pixels."""
     low, high = spans[:, :1, None], spans[:, 1:, None]
     scale = (high - low) / out
     centers = low + (torch.arange(out, device=spans.device)[None, :, None] + 0.5) * scale
-    taps = torch.arange(-_MARGIN, side + _MARGIN, device=spans.device)[None, None, :]
+    # The white around the picture has its weights too, wherever the filter reaches both.
+    taps = torch.arange(-reach, side + reach, device=spans.device)[None, None, :]
     weights = _bicubic((taps + 0.5 - centers) / scale.clamp(min=1.0))
     weights = weights * ((taps >= low.floor()) & (taps < high.ceil()))
-    weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights[:, :, _MARGIN : _MARGIN + side]
+    weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-6)  # far off there is none at all
+    return weights[:, :, reach : reach + side]
 
 
 def _bicubic(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -20,23 +21,24 @@ _SPLIT = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS + VISIBLE_TOKEN
 _IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
+Layer = tuple[int, tuple[float, float, float, float]]
+"""A stored picture, by its place in the table of all of them, and x1, y1, x2, y2 of the part of it that is shown, in
+stored pixels. The part may reach beyond the picture, where all is white."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """
     A picture as the model is to see it.
 
     Args:
-        row (`int`):
-            Its place in the table of all stored pictures.
-        box (`tuple[float, float, float, float]`):
-            x1, y1, x2, y2 of the part that is shown, in stored pixels; may reach beyond the picture, where
-            all is white.
+        layers (`tuple[Layer, ...]`):
+            The stored pictures in it, which do not overlap: one, or those of a scene.
         size (`tuple[int, int]`):
             Width and height that the model sees, multiples of 28.
     """
 
-    row: int
-    box: tuple[float, float, float, float]
+    layers: tuple[Layer, ...]
     size: tuple[int, int]
 
     @property
@@ -71,17 +73,23 @@ class PictureGroup:
     Args:
         size (`tuple[int, int]`):
             Width and height in pixels.
-        rows (array of int64, (pictures,)):
+        reach (`int`):
+            How far outside a stored picture the filter that resizes it may begin and still meet it, in stored pixels.
+        picture_of (array of int64, (layers,)):
+            Which picture each layer belongs to.
+        rows (array of int64, (layers,)):
             Places in the table of all stored pictures.
         columns, lines (arrays of float32, (spans, 2)):
             The spans of pixels, across and down, that are shown of any of them.
-        column_of, line_of (arrays of int64, (pictures,)):
-            Which of those spans each picture shows.
+        column_of, line_of (arrays of int64, (layers,)):
+            Which of those spans each layer shows.
         places (array of int64, (pictures, tokens)):
             Where their tokens stand in the flattened batch.
     """
 
     size: tuple[int, int]
+    reach: int
+    picture_of: Any
     rows: Any
     columns: Any
     column_of: Any
@@ -92,11 +100,15 @@ class PictureGroup:
     @classmethod
     def of(cls, pictures: Sequence[Picture], places: Sequence[np.ndarray]) -> PictureGroup:
         """Pictures of one size, and where the tokens of each stand."""
-        boxes = np.array([picture.box for picture in pictures], np.float32)
+        boxes = np.array([box for picture in pictures for _, box in picture.layers], np.float32)
         columns, column_of = np.unique(boxes[:, [0, 2]], axis=0, return_inverse=True)
         lines, line_of = np.unique(boxes[:, [1, 3]], axis=0, return_inverse=True)
-        rows = np.array([picture.row for picture in pictures], np.int32)
-        return cls(pictures[0].size, rows, columns, column_of.ravel(), lines, line_of.ravel(), np.stack(places))
+        rows = np.array([row for picture in pictures for row, _ in picture.layers], np.int32)
+        picture_of = np.repeat(np.arange(len(pictures), dtype=np.int32), [len(picture.layers) for picture in pictures])
+        size = pictures[0].size
+        widest = max(np.ptp(columns, axis=1).max() / size[0], np.ptp(lines, axis=1).max() / size[1])
+        layers = (picture_of, rows, columns, column_of.ravel(), lines, line_of.ravel())
+        return cls(size, 4 * math.ceil(widest), *layers, np.stack(places))
 
 
 @dataclasses.dataclass
@@ -136,7 +148,8 @@ class Batch:
             return tensor if tensor.is_floating_point() else tensor.long()
 
         def move_group(group: PictureGroup) -> PictureGroup:
-            return PictureGroup(group.size, *(move(value) for name, value in vars(group).items() if name != "size"))
+            arrays = {name: move(value) for name, value in vars(group).items() if isinstance(value, np.ndarray)}
+            return dataclasses.replace(group, **arrays)
 
         arrays = (self.ids, self.positions, self.targets, self.weights)
         return Batch(*map(move, arrays), [move_group(group) for group in self.groups], move(self.marks))
