@@ -185,6 +185,8 @@ def test_a_data_sets_prompt_is_replayed_whole(encoder):
     assert ranking.order == [2, 0, 1] and "Mine: (1) a" in ranking.trajectories[0].turns[0].text
     with pytest.raises(ValueError, match="4 candidates at once but the window holds 3"):
         reranker.rank("q", ["a", "b", "c", "d"], prompt=prompt)
+    with pytest.raises(ValueError, match="this preset writes its own"):
+        Reranker(engine, PRESET).rank("q", ["a", "b", "c"], prompt=prompt)
 
 
 def test_duplicates_keep_their_places(perfect):

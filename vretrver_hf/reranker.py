@@ -171,13 +171,13 @@ class Reranker:
             query_id (`str`, *optional*, defaults to `"0"`):
                 Names the query in trajectories; sampling depends on it.
             prompt (`list[dict]`, *optional*):
-                A data set's own prompt for these candidates, replayed where the preset's `prompt_source` is
-                `"dataset"`.
+                A data set's own prompt for these candidates, to be replayed; the preset's `prompt_source` must be
+                `"dataset"` then.
 
         Raises:
             `ItemError`: before the model runs, naming the query or candidate that cannot be used and why.
             `ValueError`: if a data set's prompt is to be replayed and is missing, does not fit the pictures, or there
-                are more candidates than the window holds.
+                are more candidates than the window holds; or if one is given that would not be replayed.
         """
         options = {"top_k": top_k, "on_event": on_event, "query_id": query_id, "prompt": prompt}
         *_, ranking = self.rank_stream(query, candidates, **options)
@@ -198,6 +198,11 @@ class Reranker:
         stops the model.
         """
         job = _Job(query_id, coerce_query(query), coerce_candidates(candidates), self, top_k, prompt)
+        if prompt is not None and self.preset.prompt_source != "dataset":
+            raise ValueError(
+                "a prompt was given but this preset writes its own; load the reranker with a preset whose "
+                "prompt_source is 'dataset', or leave the prompt out"
+            )
         if prompt is not None and len(job.candidates) > self.window:
             raise ValueError(
                 f"the prompt shows {len(job.candidates)} candidates at once but the window holds {self.window}; "
