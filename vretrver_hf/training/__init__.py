@@ -1,0 +1,1 @@
+"""Training of the three stages: entry points for `accelerate launch`, on TRL's trainers."""
