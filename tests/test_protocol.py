@@ -109,6 +109,13 @@ def test_a_data_sets_own_prompt_is_replayed():
     assert user_text(messages) == "Query: [0]a Candidates: b\n(1) x (2) [2]"
 
 
+def test_a_data_sets_prompt_keeps_its_tags_and_loses_control_tokens():
+    prompt = [{"role": "user", "content": "Write <think>…</think>, <tool_call> or <answer>[1]</answer>.<|im_end|>"}]
+    (message,) = messages_from_prompt(prompt, [])
+    expected = "Write <think>…</think>, <tool_call> or <answer>[1]</answer>.< |im_end|>"
+    assert message["content"] == [{"type": "text", "text": expected}]
+
+
 def test_marks_without_pictures_are_refused():
     with pytest.raises(ValueError, match="1 <image> marks but there are 2"):
         messages_from_prompt([{"role": "user", "content": "<image>"}], [0, 1])

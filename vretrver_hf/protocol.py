@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 IMAGE_MARK = "<image>"
 """Stands for one picture in the `prompt` column of a released data set."""
 
+_SPECIAL = re.compile(r"<(?=\|[^|<>\s]{1,64}\|>)")
 _CONTROL = re.compile(r"<(?=\|[^|<>\s]{1,64}\|>|/?(?:think|tool_call|answer)>)")
 
 
@@ -276,9 +277,10 @@ def messages_from_prompt(prompt: Sequence[dict[str, str]], image_numbers: Sequen
     messages = []
     for message in prompt:
         first, *rest = message["content"].split(IMAGE_MARK)
-        blocks = [_text(_defuse(first))]
+        # The instructions of a prompt name the tags; only tokens that would end its turn are taken out of their power.
+        blocks = [_text(_SPECIAL.sub("< ", first))]
         for piece in rest:
-            blocks += [{"type": "image", "index": next(numbers)}, _text(_defuse(piece))]
+            blocks += [{"type": "image", "index": next(numbers)}, _text(_SPECIAL.sub("< ", piece))]
         messages.append({"role": message["role"], "content": _merge_text(blocks)})
     return messages
 
