@@ -1,0 +1,1 @@
+"""Examples and conversations to train on and to evaluate with."""
