@@ -1,0 +1,184 @@
+"""What the long-running commands share: reading data, telling a model's weights apart, and a bar."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .common import Mistake, one_line
+
+
+if TYPE_CHECKING:
+    from ..data.examples import Examples
+    from ..data.rejection import Summary
+    from ..journal import Journal
+
+DataOption = Annotated[
+    str, typer.Option("--data", metavar="NAME", help="Parquet or JSONL file, folder of parquet files, or hub id.")
+]
+SplitOption = Annotated[str, typer.Option(help="Split of a folder or of a data set on the hub.")]
+ImageRootOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder that relative picture paths start from; the folder of a local source by default."),
+]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Only so many queries, from the first.")]
+OutOption = Annotated[
+    Path, typer.Option(metavar="FOLDER", help="Where the result goes, and the journal to go on from.")
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
+KeepOption = Annotated[
+    str,
+    typer.Option(
+        metavar="RULE",
+        help="How right a ranking must be: first (a relevant candidate is first), top-3 (or another number), or any.",
+    ),
+]
+
+
+@contextlib.contextmanager
+def mistakes() -> Iterator[None]:
+    """Tells a setting that cannot work, or a package that is missing, in one line."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise Mistake(str(error)) from error
+
+
+def check_folder(path: Path, option: str) -> None:
+    """Makes a folder that is to be written into, so that a mistake is known before the work is done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Mistake(f"{option} {path}: the folder cannot be made ({error.strerror})") from error
+
+
+def check_keep(rule: str) -> int | None:
+    """The worst rank that `--keep` allows."""
+    from ..data.rejection import parse_keep
+
+    try:
+        return parse_keep(rule)
+    except ValueError as error:
+        raise Mistake(f"--keep: {error}") from error
+
+
+def load_data(data: str, split: str, image_root: Path | None, limit: int | None) -> tuple[Examples, list[str]]:
+    """
+    The queries of a data set and their ids.
+
+    Raises:
+        `Mistake`: if there is no such data, it cannot be read, or is empty, or two queries share an id.
+    """
+    import datasets
+
+    from ..data.examples import load_examples
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is told below
+    try:
+        examples = load_examples(data, split=split, image_root=image_root, limit=limit)
+        keys = examples.query_ids
+    except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Mistake(f"--data {data}: {reason}") from error
+    rows: dict[str, int] = {}
+    for row, key in enumerate(keys):
+        if rows.setdefault(key, row) != row:
+            raise Mistake(
+                f"--data {data}: rows {rows[key]} and {row} have the same query id {key!r}; give each its own"
+            )
+    return examples, keys
+
+
+def weights_digest(model: str | None) -> str:
+    """
+    Tells the weights of a model from those of another that stood in the same place before.
+
+    The end of every weight file is looked at and not all of it: training changes all of them, and reading gigabytes
+    would take longer than many a job.
+    """
+    from transformers.utils import cached_file
+
+    from ..reranker import bundled_model
+
+    if model is None:
+        folder = bundled_model()
+    else:
+        folder = Path(model) if Path(model).is_dir() else Path(cached_file(model, "config.json")).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")) + [folder / "config.json"]:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            file.seek(max(0, size - 2**16))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+class Progress:
+    """
+    A bar on standard error that counts queries and says how much is accepted; in a log file it moves rarely.
+
+    Args:
+        keys (sequence of `str`):
+            The queries of this process.
+        journal (`Journal`):
+            Says which of them are done already.
+        label (`str`):
+            What is being done.
+        shown (`bool`, *optional*, defaults to `True`):
+            Whether there is a bar at all.
+    """
+
+    def __init__(self, keys: Sequence[str], journal: Journal, label: str, shown: bool = True):
+        from tqdm import tqdm
+
+        patience = 0.5 if sys.stderr.isatty() else 30
+        done = sum(key in journal for key in keys)
+        self._bar = tqdm(
+            total=len(keys), initial=done, unit="query", desc=label, mininterval=patience, disable=not shown
+        )
+        self._accepted = self._sampled = self._failed = 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def add(self, verdicts: Sequence[str | None] | None) -> None:
+        """Counts a query by why its trajectories were rejected, if they were; `None` for a query that failed."""
+        from ..data.rejection import percent
+
+        if verdicts is None:
+            self._failed += 1
+        else:
+            self._accepted += list(verdicts).count(None)
+            self._sampled += len(verdicts)
+        failed = f", {self._failed} failed" if self._failed else ""
+        self._bar.set_postfix_str(f"accepted {percent(self._accepted, self._sampled)}{failed}", refresh=False)
+        self._bar.update()
+
+
+def tell(summary: Summary, out: Path, reasons: Mapping[str, str] | None = None) -> None:
+    """
+    Prints what came of a job: tables, what failed on standard error, and as last line the folder.
+
+    Raises:
+        `Mistake`: if nothing was accepted.
+    """
+    told = summary.reason_table() if reasons is None else summary.reason_table(reasons)
+    print(summary.group_table(), told, summary.call_table(), sep="\n\n")
+    if summary.errors:
+        key, error = next(iter(summary.errors.items()))
+        queries = "1 query" if len(summary.errors) == 1 else f"{len(summary.errors)} queries"
+        print(f"{queries} failed, first {key}: {one_line(error)}", file=sys.stderr)
+    if not summary.total.kept:
+        raise Mistake(f"nothing was accepted, so there is nothing to train on; {out / 'README.md'} says why")
+    print(f"\n{out.absolute()}")
