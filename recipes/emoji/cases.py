@@ -55,6 +55,11 @@ class View:
                 layers.append((row, box))
         return Picture(tuple(layers) or (_NOTHING,), (ref.width, ref.height))
 
+    def region(self, box: tuple[int, int, int, int]) -> View:
+        """What lies within a box, in pixels of the original, as an original of its own."""
+        left, top, right, bottom = box
+        return View(self.shown(ImageRef(0, *self.size, box=box)).layers, (right - left, bottom - top))
+
     def within(self, max_pixels: int) -> Picture:
         """The whole original, as large as a budget of pixels allows."""
         size = fit_size(*self.size, factor=FACTOR, min_pixels=4 * FACTOR**2, max_pixels=max_pixels)

@@ -1,6 +1,9 @@
-"""Plays held-out queries with the package's own reranker and prints R@1 with intervals.
+"""Plays held-out queries with the package's own reranker and measures R@1 with intervals.
 
-python recipes/emoji/evaluate.py --count 1000
+    python recipes/emoji/evaluate.py --count 1000 --out recipes/emoji/results/tools.json
+    python recipes/emoji/evaluate.py --count 1000 --no-tools --out recipes/emoji/results/no-tools.json
+
+`tables.py` makes tables and a plot of such files. Finished rows are kept when the command is run again.
 """
 
 from __future__ import annotations
@@ -9,85 +12,161 @@ import collections
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from art import Art
 from concepts import load_concepts
-from examples import Entry, Example
+from examples import Entry, Example, Scene
 from PIL import Image
-from tasks import ExampleMaker
+from scenes import draw_scene
+from tasks import make_maker
+from tqdm.auto import tqdm
 
-from vretrver_hf import Item, Ranking, Reranker
+from vretrver_hf import Item, Reranker
+from vretrver_hf.protocol import get_preset
 
 
+COMBINATION_TASKS = ("t2i", "it2i", "i2t", "t2it", "it2t", "it2it", "t2t", "overview", "detail")
+CONCEPT_TASKS = ("i2i", "t2i", "t2t")
+ARTIST_TASKS = ("t2i", "i2i", "i2t", "it2i", "overview", "detail")
 SETS = (
-    ("t2i", "test_combination"),
-    ("i2i", "test_concept"),
-    ("i2t", "test_combination"),
-    ("t2i", "test_artist"),
-    ("i2i", "test_artist"),
-    ("i2t", "test_artist"),
+    *((task, "test_combination") for task in COMBINATION_TASKS),
+    *((task, "test_concept") for task in CONCEPT_TASKS),
+    *((task, "test_artist") for task in ARTIST_TASKS),
 )
-"""Task and split of each row: held-out attribute combinations, held-out base concepts, an artist never seen."""
+"""Task and split of each row: held-out combinations, layouts and wordings; held-out base concepts; an artist never
+seen. "overview" and "detail" are scenes asked for in words."""
 SEED = 1
 CANDIDATES = 5
+AT_A_TIME = 256
+"""Queries whose pictures are in memory together."""
+
+
+class Result(NamedTuple):
+    """What came of one query."""
+
+    kind: str
+    right: bool
+    calls: int
+    valid_calls: int
+    tokens: int
+    status: str
 
 
 def main(
     model: Annotated[str | None, typer.Option(help="Hub id or folder; the bundled model by default.")] = None,
     data: Annotated[Path, typer.Option(help="Folder that build_data.py filled.")] = Path("recipes/emoji/data"),
     count: Annotated[int, typer.Option(help="Queries of each row.")] = 1000,
+    only: Annotated[str, typer.Option(help="Rows to play, as task/split separated by commas; all by default.")] = "",
     tools: Annotated[bool, typer.Option(help="Whether the model may look closer.")] = True,
-    out: Annotated[Path | None, typer.Option(help="Also write the rows as JSON here.")] = None,
+    overview_pixels: Annotated[
+        int | None, typer.Option(help="Most pixels of a picture in the prompt; the model's own by default.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file of the rows; those in it already are kept.")] = None,
     sessions: Annotated[int, typer.Option(help="Conversations at the same time.")] = 32,
     device: Annotated[str | None, typer.Option(help="Where to run; a GPU where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="Data type of the weights.")] = "auto",
 ) -> None:
     """R@1 of a model on held-out queries with five candidates each, with calls, tokens and answer statuses."""
     reranker = Reranker.from_pretrained(model, tools=tools, max_sessions=sessions, device=device, dtype=dtype)
+    if overview_pixels is not None:
+        reranker.preset = get_preset(reranker.preset, overview_pixels=overview_pixels)
+    settings = {"tools": tools, "overview_pixels": reranker.preset.overview_pixels, "n": count}
     art, concepts = Art.load(data), load_concepts(data)
-    rows = []
-    for task, split in SETS:
-        examples = ExampleMaker(art, concepts, task, split, num_candidates=CANDIDATES).make(count, SEED)
+    rows = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else []
+    for task, split in chosen(only):
+        key = {"task": task, "split": split, **settings}
+        if any(key.items() <= row.items() for row in rows):
+            continue
+        examples = make_maker(art, concepts, task, split, num_candidates=CANDIDATES).make(count, SEED)
         started = time.perf_counter()
-        rankings = reranker.rank_batch([pair(art, example) for example in examples], show_progress_bar=True)
+        results = play(reranker, art, examples, f"{task}/{split}")
         seconds = time.perf_counter() - started
-        rows.append({"task": task, "split": split, **figures(examples, rankings), "seconds": seconds / count})
+        rows.append({**key, **figures(results), "seconds": seconds / count})
         print(line(rows[-1]), flush=True)
-    print("\n" + table(rows))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def chosen(only: str) -> Iterator[tuple[str, str]]:
+    """
+    The rows to play.
+
+    Args:
+        only (`str`): As task/split, separated by commas; all where it is empty.
+
+    Raises:
+        typer.BadParameter: A row that there is not.
+    """
+    if not only:
+        yield from SETS
+    for name in filter(None, only.split(",")):
+        task, _, split = name.strip().partition("/")
+        if (task, split) not in SETS:
+            raise typer.BadParameter(f"there is no row {name!r}; rows are {', '.join('/'.join(row) for row in SETS)}")
+        yield task, split
 
 
 def pair(art: Art, example: Example) -> tuple[Item, list[Item]]:
     """An example as the reranker takes it."""
 
     def item(entry: Entry) -> Item:
-        image = None if entry.image is None else Image.fromarray(art.image(*entry.image))
-        return Item(text=entry.text, image=image)
+        if entry.image is None:
+            return Item(text=entry.text)
+        pixels = draw_scene(art, entry.image) if isinstance(entry.image, Scene) else art.image(*entry.image)
+        return Item(text=entry.text, image=Image.fromarray(pixels))
 
     return item(example.query), [item(candidate) for candidate in example.candidates]
 
 
-def figures(examples: list[Example], rankings: list[Ranking]) -> dict:
-    """What a row of the table says."""
-    count = len(examples)
-    right = sum(r.order[0] == example.positive for example, r in zip(examples, rankings, strict=True))
-    calls = sum(ranking.num_calls for ranking in rankings)
-    valid = sum(trajectory.num_valid_calls for ranking in rankings for trajectory in ranking.trajectories)
-    statuses = collections.Counter(ranking.status for ranking in rankings)
+def play(reranker: Reranker, art: Art, examples: list[Example], name: str) -> list[Result]:
+    """
+    Ranks the candidates of each example.
+
+    Args:
+        reranker (`Reranker`): What is measured.
+        art (`Art`): The pictures.
+        examples (`list[Example]`): What is asked.
+        name (`str`): Stands before the progress bar.
+    """
+    results = []
+    with tqdm(total=len(examples), unit="query", desc=name) as bar:
+        for start in range(0, len(examples), AT_A_TIME):
+            part = examples[start : start + AT_A_TIME]
+            for example, ranking in zip(part, reranker.rank_batch(pair(art, e) for e in part), strict=True):
+                right = ranking.order[0] == example.positive
+                valid = sum(trajectory.num_valid_calls for trajectory in ranking.trajectories)
+                results.append(
+                    Result(example.kind, right, ranking.num_calls, valid, ranking.num_tokens, ranking.status)
+                )
+            bar.update(len(part))
+    return results
+
+
+def figures(results: list[Result]) -> dict[str, Any]:
+    """What a row of the table says, and how often each kind of question was answered right."""
+    count, calls = len(results), sum(result.calls for result in results)
+    statuses = collections.Counter(result.status for result in results)
+    kinds = collections.defaultdict(list)
+    for result in results:
+        kinds[result.kind].append(result.right)
     return {
-        "n": count,
-        "r1": right / count,
-        "interval": wilson(right, count),
+        **share([result.right for result in results]),
         "calls": calls / count,
-        "valid_calls": valid / calls if calls else None,
-        "tokens": sum(ranking.num_tokens for ranking in rankings) / count,
+        "valid_calls": sum(result.valid_calls for result in results) / calls if calls else None,
+        "tokens": sum(result.tokens for result in results) / count,
         "statuses": {status: statuses[status] / count for status in ("ok", "repaired", "fallback")},
+        "kinds": {kind: share(hits) for kind, hits in sorted(kinds.items())},
     }
+
+
+def share(hits: list[bool]) -> dict[str, Any]:
+    """How many of how many, as R@1 with its interval."""
+    return {"n": len(hits), "r1": sum(hits) / len(hits), "interval": wilson(sum(hits), len(hits))}
 
 
 def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
@@ -98,28 +177,15 @@ def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def line(row: dict) -> str:
+def line(row: dict[str, Any]) -> str:
     """A row in short."""
     low, high = row["interval"]
-    return f"{row['task']} {row['split']}: R@1 {row['r1']:.1%} [{low:.1%}, {high:.1%}], n {row['n']}"
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as a Markdown table."""
-    lines = [
-        "| task | split | n | R@1 | 95 % interval | random | calls | valid calls | tokens "
-        "| ok | repaired | fallback |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        low, high = row["interval"]
-        valid = "–" if row["valid_calls"] is None else f"{row['valid_calls']:.1%}"
-        statuses = " | ".join(f"{share:.1%}" for share in row["statuses"].values())
-        lines.append(
-            f"| {row['task']} | {row['split']} | {row['n']} | {row['r1']:.1%} | {low:.1%} – {high:.1%} "
-            f"| {1 / CANDIDATES:.0%} | {row['calls']:.2f} | {valid} | {row['tokens']:.0f} | {statuses} |"
-        )
-    return "\n".join(lines)
+    valid = "–" if row["valid_calls"] is None else f"{row['valid_calls']:.1%}"
+    return (
+        f"{row['task']:8s} {row['split']:17s} R@1 {row['r1']:6.1%} [{low:.1%}, {high:.1%}]  n {row['n']}  "
+        f"calls {row['calls']:.2f}  valid {valid}  tokens {row['tokens']:.0f}  ok {row['statuses']['ok']:.1%}  "
+        f"{row['seconds']:.2f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -7,15 +7,18 @@ import unicodedata
 from pathlib import Path
 
 from art import Art
-from examples import Drawing, Entry, Example
+from examples import Drawing, Entry, Example, Scene
 from PIL import Image, ImageDraw, ImageFont
+from scenes import draw_scene
 
 
-CELL = 112
-QUERY_WIDTH = 220
-TEXT_WIDTH = 150
-LINE = 15
-GREEN, GREY, BLACK = (24, 150, 60), (205, 205, 205), (30, 30, 30)
+CELL, SCENE = 104, 252
+"""Width and height of a drawing and of a scene."""
+CLOSE_UP, AROUND = 84, 12
+"""Width and height of what a scene asks about, drawn again beneath it, and how far from it its frame is."""
+TEXT_WIDTH, QUERY_WIDTH = 150, 190
+LINE, GAP = 14, 8
+GREEN, RED, GREY, BLACK = (24, 150, 60), (220, 40, 40), (205, 205, 205), (30, 30, 30)
 
 
 def draw_sheet(art: Art, examples: list[Example], path: str | Path) -> None:
@@ -24,65 +27,80 @@ def draw_sheet(art: Art, examples: list[Example], path: str | Path) -> None:
 
     Args:
         art (`Art`): The pictures.
-        examples (`list[Example]`): Examples of one task.
-        path (`str` or `Path`): The PNG file to write.
+        examples (`list[Example]`): The examples.
+        path (`str` or `Path`): The picture file to write; WebP is smallest.
     """
-    width = TEXT_WIDTH if examples[0].task == "i2t" else CELL
-    row_height = CELL + LINE + 10
-    size = (QUERY_WIDTH + len(examples[0].candidates) * (width + 8) + 8, len(examples) * row_height + 8)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, example in enumerate(examples):
-        top = 8 + number * row_height
-        _draw_query(sheet, draw, art, example, top)
-        for position, candidate in enumerate(example.candidates):
-            left = QUERY_WIDTH + position * (width + 8)
-            _draw_candidate(sheet, draw, art, candidate, (left, top, width))
-            right = position == example.positive
-            draw.rectangle(
-                (left - 2, top - 2, left + width + 1, top + CELL + 1),
-                outline=GREEN if right else GREY,
-                width=3 if right else 1,
-            )
-            draw.text((left, top + CELL + 3), f"relevance {example.relevance[position]}", BLACK, font=_font(11))
+    rows = [_draw_row(art, example) for example in examples]
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
+    sheet.save(path, quality=82, method=6)
 
 
-def _draw_query(sheet: Image.Image, draw: ImageDraw.ImageDraw, art: Art, example: Example, top: int) -> None:
-    query = example.query
-    if query.image:
-        sheet.paste(_cell(art, query.image), (8, top))
-        draw.text((8 + CELL + 6, top + 40), query.image.artist, BLACK, font=_font(12))
-    if query.text:
-        _draw_text(draw, query.text, (8, top + 8), 28)
-        draw.text((8, top + CELL + 3), example.candidates[0].image.artist, GREEN, font=_font(11))
+def _draw_row(art: Art, example: Example) -> Image.Image:
+    query = _draw_entry(art, example.query, QUERY_WIDTH)
+    cells = [_draw_entry(art, entry, _width(entry)) for entry in example.candidates]
+    height = max(query.height, *(cell.height for cell in cells))
+    row = Image.new("RGB", (QUERY_WIDTH + sum(cell.width + GAP for cell in cells) + 2 * GAP, height + 40), "white")
+    draw = ImageDraw.Draw(row)
+    _draw_text(draw, example.kind, (GAP, 4), GREEN)
+    row.paste(query, (GAP, 22))
+    left = QUERY_WIDTH + 2 * GAP
+    for place, cell in enumerate(cells):
+        right = place == example.positive
+        row.paste(cell, (left, 22))
+        frame = (left - 2, 20, left + cell.width + 1, height + 23)
+        draw.rectangle(frame, outline=GREEN if right else GREY, width=3 if right else 1)
+        _draw_text(draw, str(example.relevance[place]), (left, height + 24), GREEN if right else BLACK)
+        left += cell.width + GAP
+    return row
 
 
-def _draw_candidate(
-    sheet: Image.Image,
-    draw: ImageDraw.ImageDraw,
-    art: Art,
-    candidate: Entry,
-    place: tuple[int, int, int],
+def _width(entry: Entry) -> int:
+    if entry.image is None:
+        return TEXT_WIDTH
+    return SCENE if isinstance(entry.image, Scene) else CELL if entry.text is None else CELL + 16
+
+
+def _draw_entry(art: Art, entry: Entry, width: int) -> Image.Image:
+    pictures = [] if entry.image is None else _pictures(art, entry.image)
+    lines = textwrap.wrap(_plain(entry.text or ""), width // 7)
+    cell = Image.new("RGB", (width, sum(picture.height + 4 for picture in pictures) + LINE * len(lines) + 4), "white")
+    top = 2
+    for picture in pictures:
+        cell.paste(picture, (0, top))
+        top += picture.height + 4
+    for line in lines:
+        _draw_text(ImageDraw.Draw(cell), line, (2, top))
+        top += LINE
+    return cell
+
+
+def _pictures(art: Art, image: Drawing | Scene) -> list[Image.Image]:
+    """A drawing; or a scene and, where what it asks about is small, that in a red frame and again from near."""
+    if isinstance(image, Drawing):
+        return [Image.fromarray(art.image(*image)).resize((CELL, CELL), Image.Resampling.LANCZOS)]
+    pixels = Image.fromarray(draw_scene(art, image))
+    left, top, right, bottom = image.objects[image.target].box
+    box = (left - AROUND, top - AROUND, right + AROUND, bottom + AROUND)
+    whole, near = (
+        pixels.resize((SCENE, SCENE), Image.Resampling.LANCZOS),
+        pixels.crop(box).resize((CLOSE_UP, CLOSE_UP)),
+    )
+    ImageDraw.Draw(whole).rectangle([value * SCENE // image.side for value in box], outline=RED)
+    return [whole, near]
+
+
+def _plain(text: str) -> str:
+    """Pillow's own font has neither accented letters nor curly apostrophes."""
+    text = unicodedata.normalize("NFD", text.replace("’", "'"))
+    return "".join(letter for letter in text if not unicodedata.combining(letter))
+
+
+def _draw_text(
+    draw: ImageDraw.ImageDraw, text: str, place: tuple[int, int], colour: tuple[int, int, int] = BLACK
 ) -> None:
-    left, top, _ = place
-    if candidate.image is None:
-        _draw_text(draw, candidate.text, (left + 6, top + 8), 20)
-    else:
-        sheet.paste(_cell(art, candidate.image), (left, top))
-
-
-def _cell(art: Art, picture: Drawing) -> Image.Image:
-    return Image.fromarray(art.image(*picture)).resize((CELL, CELL), Image.Resampling.LANCZOS)
-
-
-def _draw_text(draw: ImageDraw.ImageDraw, text: str, place: tuple[int, int], columns: int) -> None:
-    # Pillow's own font has no accented letters.
-    text = "".join(letter for letter in unicodedata.normalize("NFD", text) if not unicodedata.combining(letter))
-    for number, line in enumerate(textwrap.wrap(text, columns)):
-        draw.text((place[0], place[1] + number * LINE), line, BLACK, font=_font(13))
-
-
-def _font(size: int) -> ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+    draw.text(place, text, colour, font=ImageFont.load_default(12))

@@ -11,31 +11,64 @@ import multiprocessing
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from art import ARTISTS, Art
 from cases import Case, CaseMaker, Side, draw_view
 from concepts import Concept, caption, load_concepts
-from examples import Example
+from examples import Drawing, Example
+from locating import close_up, locations
 from preset import INSPECT_PIXELS, OVERVIEW_PIXELS
 from rows import Batch, Row, RowMaker, by_length, collate
-from tasks import TASKS, ExampleMaker, pictures
+from tasks import make_maker, pictures
 from tokenizers import Tokenizer
 from trajectories import Oracle
 
 from vretrver_hf.protocol import format_answer
 
 
-STAGE0_TASKS = {"t2i": 0.45, "i2i": 0.35, "i2t": 0.2}
-SFT_TASKS = {"t2i": 0.45, "i2i": 0.35, "i2t": 0.2}
-CAPTION_ROWS, MATCH_ROWS = 0.2, 0.25
-"""Shares of stage 0's rows that are captions of single pictures and verdicts on one candidate after another; the
-others are choices among candidates. A choice teaches too little at first: one number for a whole row of pictures."""
+STAGE0_TASKS = {
+    "t2i": 0.2,
+    "i2i": 0.16,
+    "i2t": 0.08,
+    "it2i": 0.16,
+    "it2it": 0.05,
+    "it2t": 0.06,
+    "t2it": 0.06,
+    "t2t": 0.05,
+    "overview": 0.1,
+    "detail": 0.08,
+}
+SFT_TASKS = {
+    "t2i": 0.14,
+    "i2i": 0.12,
+    "i2t": 0.07,
+    "it2i": 0.14,
+    "it2it": 0.05,
+    "it2t": 0.06,
+    "t2it": 0.06,
+    "t2t": 0.04,
+    "overview": 0.1,
+    "detail": 0.22,
+}
+"""Shares of the tasks; "overview" and "detail" are text to scene."""
+COLD_START = 5000
+"""Trajectories of the oracle's from which the protocol is learned."""
+REHEARSAL = 0.5
+"""Share of SFT's rows that are stage 0's, so that little is forgotten."""
+CAPTION_ROWS, LOCATE_ROWS, MATCH_ROWS = 0.14, 0.14, 0.22
+"""Shares of stage 0's rows that are captions of single pictures, places and names in scenes, and verdicts on one
+candidate after another; the others are choices among candidates. A choice teaches too little at first: one number for
+a whole row of pictures."""
 MATCH_WEIGHT = 3.0
 CAPTIONS_A_ROW = 4
 DESCRIBED = 2
 """Pictures of a choice that the model is asked to describe once it has chosen: binds numbers to pictures."""
 BUDGETS = ((OVERVIEW_PIXELS, 0.82), (INSPECT_PIXELS, 0.12), (56 * 56, 0.06))
 """Pixel budgets of stage 0's pictures, and their shares."""
+LOCATED = {"detail": 0.6, "overview": 0.4}
+LOCATE_BUDGETS = {(OVERVIEW_PIXELS, True): 0.5, (INSPECT_PIXELS, True): 0.2, (INSPECT_PIXELS, False): 0.3}
+"""Kinds of scenes whose things are pointed at and named, and how they are shown: pixels, and whether the whole."""
 ODD_SHAPES, ODD = ((3, 2), (2, 3), (2, 1), (1, 2)), 0.2
 """Shapes of pictures that are not square, and their share."""
 OTHER_COUNTS = 0.4
@@ -84,25 +117,25 @@ class Source:
 
     @functools.cached_property
     def oracle(self) -> Oracle:
-        return Oracle(self.concepts)
+        return Oracle(self.concepts, lambda text: len(self.rows.encode(text)))
 
     @functools.cached_property
-    def _train_pictures(self) -> list[tuple[str, str]]:
+    def _train_pictures(self) -> list[Drawing]:
         return pictures(self.art, self.concepts, "train")
 
     @functools.cached_property
-    def _examples(self) -> dict[str, ExampleMaker]:
-        return {task: ExampleMaker(self.art, self.concepts, task, "train") for task in TASKS}
+    def _makers(self) -> dict[str, Any]:
+        return {task: make_maker(self.art, self.concepts, task, "train") for task in STAGE0_TASKS}
 
     def prepare(self) -> None:
         """Loads everything that workers share, before they are forked."""
-        _ = self.rows, self.oracle, self.cases, self._train_pictures, self._examples
+        _ = self.rows, self.oracle, self.cases, self._train_pictures, self._makers
 
     def batch(self, stage: str, number: int, size: int) -> list[Batch]:
         """Batch `number` of `stage` ("stage0" or "sft") with `size` rows, in parts of rows of like length."""
         rng = random.Random(f"{self.seed}/{stage}/{number}")
-        make = {"stage0": self._stage0_rows, "sft": self._sft_rows}[stage]
-        return self.parts(make(size, rng), row_multiple=32, length_multiple=64)
+        rows = self._stage0_rows(size, rng) if stage == "stage0" else self._sft_rows(size, rng, number)
+        return self.parts(rows, row_multiple=32, length_multiple=64)
 
     def parts(
         self,
@@ -133,6 +166,21 @@ class Source:
             messages.append({"role": "assistant", "content": caption(self.concepts[code], rng)})
         return self.rows.row(messages, shown)
 
+    def locate_row(self, rng: random.Random) -> Row:
+        """A scene, or what a crop shows of one: where things are, and what is where."""
+        kind, (budget, whole) = _draw(LOCATED, rng), _draw(LOCATE_BUDGETS, rng)
+        (example,) = self._makers[kind].make(1, rng.getrandbits(48))
+        case = self.cases.plain(example)
+        if not whole:
+            case = close_up(case, rng)
+        side = rng.choice(case.candidates)
+        messages = [{"role": "system", "content": "Point and name."}]
+        for question, reply in locations(side.scene, self.concepts, rng, whole, budget == OVERVIEW_PIXELS):
+            messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+            messages.append({"role": "assistant", "content": reply})
+        messages[1]["content"].insert(0, {"type": "image"})
+        return self.rows.row(messages, [side.view.within(budget)])
+
     def choice_row(self, case: Case, rng: random.Random, described: int = DESCRIBED) -> Row:
         """A case answered at once, and then what some of its pictures show."""
         messages = case.messages(tools=False)
@@ -161,45 +209,71 @@ class Source:
 
     def trajectory_row(self, case: Case, rng: random.Random) -> Row:
         """A whole conversation of the oracle's."""
-        return self.rows.row(*self.oracle.play(case, rng), choice_weight=SFT_CHOICE_WEIGHT)
+        record = self.oracle.play(case, rng)
+        return self.rows.row(record.messages, record.pictures, choice_weight=SFT_CHOICE_WEIGHT)
 
     def evaluation(self, task: str, split: str, count: int, seed: int = 1) -> list[Case]:
         """Cases of a split, each picture whole and square."""
-        examples = ExampleMaker(self.art, self.concepts, task, split).make(count, seed)
+        examples = make_maker(self.art, self.concepts, task, split).make(count, seed)
         return [self.cases.plain(example) for example in examples]
 
     def _stage0_rows(self, size: int, rng: random.Random) -> list[Row]:
-        captions = round(size * CAPTION_ROWS)
+        captions, locations = round(size * CAPTION_ROWS), round(size * LOCATE_ROWS)
         rows = [self.caption_row(rng) for _ in range(captions)]
+        rows += [self.locate_row(rng) for _ in range(locations)]
         # The tower takes pictures size by size, so a batch has one odd shape at most, and that in one size only.
         odd = rng.choice(ODD_SHAPES)
-        match_share = MATCH_ROWS / (1 - CAPTION_ROWS)
-        for example in self._draw_examples(STAGE0_TASKS, size - captions, rng, EASY):
+        match_share = MATCH_ROWS / (1 - CAPTION_ROWS - LOCATE_ROWS)
+        for example, task in self._draw_examples(STAGE0_TASKS, size - captions - locations, rng, EASY):
             shape, budget = ((1, 1), _draw(dict(BUDGETS), rng)) if rng.random() >= ODD else (odd, OVERVIEW_PIXELS)
             case = self.cases.varied(example, rng, shape)
+            if task == "detail":
+                case, budget = close_up(case, rng), INSPECT_PIXELS
             case = dataclasses.replace(case, overview_pixels=budget)
             rows.append(self.match_row(case) if rng.random() < match_share else self.choice_row(case, rng))
         return rows
 
-    def _sft_rows(self, size: int, rng: random.Random) -> list[Row]:
-        examples = self._draw_examples(SFT_TASKS, size, rng, 0.0)
-        rows = []
-        for example in examples:
-            shape = (1, 1) if rng.random() >= ODD else rng.choice(ODD_SHAPES)
-            rows.append(self.trajectory_row(self.cases.varied(example, rng, shape), rng))
-        return rows
+    def _sft_rows(self, size: int, rng: random.Random, number: int) -> list[Row]:
+        rehearsed = round(size * REHEARSAL)
+        first = number * (size - rehearsed)
+        rows = [self.cold_start(place) for place in self._shuffled(first, first + size - rehearsed)]
+        return rows + self._stage0_rows(rehearsed, rng)
+
+    def _shuffled(self, start: int, stop: int) -> list[int]:
+        """A part of an endless series in which every trajectory comes once an epoch."""
+        series: list[int] = []
+        for epoch in range(start // COLD_START, (stop - 1) // COLD_START + 1):
+            order = list(range(COLD_START))
+            random.Random(f"{self.seed}/epoch/{epoch}").shuffle(order)
+            series += order
+        offset = start // COLD_START * COLD_START
+        return series[start - offset : stop - offset]
+
+    def cold_start_example(self, number: int) -> tuple[Example, random.Random]:
+        """Example `number` of the cold start, and the chance that the oracle plays it with."""
+        rng = random.Random(f"{self.seed}/cold-start/{number}")
+        ((example, _),) = self._draw_examples(SFT_TASKS, 1, rng, 0.0)
+        return example, rng
+
+    def cold_start(self, number: int) -> Row:
+        """Trajectory `number` of the cold start."""
+        example, rng = self.cold_start_example(number)
+        return self.trajectory_row(self.cases.plain(example), rng)
 
     def _draw_examples(
         self, shares: dict[str, float], count: int, rng: random.Random, easy: float
-    ) -> Iterator[Example]:
+    ) -> Iterator[tuple[Example, str]]:
+        """Examples with their share's name, sorted by it."""
+
         def draw() -> tuple[str, int, bool]:
             candidates = rng.randint(2, 8) if rng.random() < OTHER_COUNTS else 5
             return _draw(shares, rng), candidates, rng.random() >= easy
 
         for (task, candidates, hard), number in sorted(collections.Counter(draw() for _ in range(count)).items()):
-            maker = copy.copy(self._examples[task])
+            maker = copy.copy(self._makers[task])
             maker.num_candidates, maker.hardness = candidates, float(hard)
-            yield from maker.make(number, rng.getrandbits(48))
+            for example in maker.make(number, rng.getrandbits(48)):
+                yield example, task
 
 
 class Feed:

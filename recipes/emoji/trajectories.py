@@ -8,30 +8,23 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 from typing import Any
 
 from cases import Case, Side
 from concepts import Concept
 from preset import PRESET
-from rows import Picture
+from record import Record
+from searching import search
 
-from vretrver_hf.parsing import parse_turn
-from vretrver_hf.protocol import (
-    Preset,
-    format_answer,
-    format_call,
-    format_turn,
-    last_word,
-    malformed_observation,
-)
-from vretrver_hf.tools import Observation
+from vretrver_hf.protocol import Preset
 
 
-CALL_IF_CLOSE, CALL_IF_CLEAR = 0.9, 0.35
+CALL_IF_CLOSE, CALL_IF_CLEAR = 0.7, 0.25
 """Shares of trajectories with a call, where the best has close rivals and where it has none."""
 SECOND_CALL, THIRD_CALL = 0.3, 0.1
 """Shares of those that go on to another call."""
-MISTAKES, OUT_OF_CALLS, NO_TOOLS = 0.06, 0.01, 0.04
+MISTAKES, OUT_OF_CALLS, NO_TOOLS = 0.04, 0.01, 0.04
 """Shares of trajectories that begin with a mistake, that run out of calls, and whose prompt offers no tools."""
 
 _DIFFERENCES = {
@@ -57,14 +50,16 @@ class Oracle:
     Args:
         concepts (`dict[str, Concept]`):
             All concepts, for the names of families.
+        count_tokens (`Callable[[str], int]`):
+            Length of a text for the model: thoughts are kept short.
         preset (`Preset`, *optional*):
             The protocol.
     """
 
-    def __init__(self, concepts: dict[str, Concept], preset: Preset = PRESET):
-        self.concepts, self.preset = concepts, preset
+    def __init__(self, concepts: dict[str, Concept], count_tokens: Callable[[str], int], preset: Preset = PRESET):
+        self.concepts, self.count_tokens, self.preset = concepts, count_tokens, preset
 
-    def play(self, case: Case, rng: random.Random) -> tuple[list[dict[str, Any]], list[Picture]]:
+    def play(self, case: Case, rng: random.Random) -> Record:
         """
         A whole conversation.
 
@@ -75,73 +70,42 @@ class Oracle:
                 Source of chance.
 
         Returns:
-            `tuple[list[dict], list[Picture]]`: messages as [`RowMaker.row`] takes them, and their pictures in order.
+            `Record`: the conversation, to its answer.
         """
         use_tools = rng.random() >= NO_TOOLS
-        record = _Record(case, self.preset, use_tools)
-        thinker = _Thinker(case, self.concepts)
+        record = Record(case, self.preset, use_tools, self.count_tokens)
         if use_tools:
-            draw = rng.random()
-            if draw < OUT_OF_CALLS:
-                self._run_out(record, thinker, rng)
-            elif draw < OUT_OF_CALLS + MISTAKES:
-                self._mistake(record, thinker, rng)
-        calls = _plan(case, thinker, rng) if use_tools and record.calls_left > 1 else []
-        thought = thinker.first_look()
-        for number, (name, arguments) in enumerate(calls):
-            closing = f"; check {thinker.question}." if number == 0 else "; look closer."
-            record.call(thought + closing, name, arguments)
-            thought = thinker.finding()
-        if not calls and thinker.rivals:
-            thought = f"{thought}; {thinker.finding()}"
-        record.say(format_turn(thought + ".", format_answer(case.order)))
-        return record.messages, record.pictures
-
-    def _mistake(self, record: _Record, thinker: _Thinker, rng: random.Random) -> None:
-        if rng.random() < 0.5:
-            record.call(thinker.first_look() + ".", *_bad_call(record.case, rng), loss=False)
+            self._stumble(record, rng)
+        if case.candidates[0].scene is not None:
+            search(record, rng, use_tools and record.calls_left > 0)
         else:
-            record.malformed(_bad_turn(record.case, thinker, rng))
+            self._compare(record, rng, use_tools)
+        return record
 
-    def _run_out(self, record: _Record, thinker: _Thinker, rng: random.Random) -> None:
-        """Spends every call, and asks for one more."""
-        call = ("select_images", {"target_images": [rng.randint(0, len(record.case.candidates))]})
-        while not record.warned:
-            record.call(thinker.first_look() + ".", *call, loss=False)
+    def _compare(self, record: Record, rng: random.Random, use_tools: bool) -> None:
+        """A case of single pictures and texts."""
+        case = record.case
+        thinker = _Thinker(case, self.concepts)
+        calls = _plan(case, thinker, rng)[: record.calls_left] if use_tools else []
+        look, finding = thinker.first_look(), thinker.finding()
+        if not calls:
+            thoughts = [f"{look}; {finding}."] if thinker.rivals else []
+            return record.answer(record.brief(*thoughts, f"{look}.", f"{finding}."), case.order)
+        question = f"check {thinker.question}."
+        record.call(record.brief(f"{look}; {question}", f"{look}.", question), *calls[0])
+        for call in calls[1:]:
+            record.call(record.brief(f"{finding}; look closer.", "look closer."), *call)
+        record.answer(record.brief(f"{finding}.", f"{thinker.best} fits best."), case.order)
 
-
-class _Record:
-    """The conversation so far."""
-
-    def __init__(self, case: Case, preset: Preset, use_tools: bool):
-        self.case = case
-        self.messages = case.messages(preset, use_tools)
-        self.pictures = case.pictures(self.messages)
-        self.calls_left = preset.max_calls
-        self.warned = False
-        self._tools = case.tools(preset)
-
-    def say(self, text: str, loss: bool = True) -> None:
-        self.messages.append({"role": "assistant", "content": text, "loss": loss})
-
-    def call(self, thought: str, name: str, arguments: dict[str, Any], loss: bool = True) -> None:
-        self.say(format_turn(thought, format_call(name, arguments)), loss)
-        self._observe(lambda: self._tools.call(name, arguments))
-
-    def malformed(self, text: str) -> None:
-        self.say(text, loss=False)
-        self._observe(lambda: Observation(malformed_observation(parse_turn(text).problem), [], False))
-
-    def _observe(self, look: Any) -> None:
-        if self.calls_left == 0:
-            self.warned = True
-            observation = Observation(last_word(len(self.case.candidates)), [], False)
-        else:
-            self.calls_left -= 1
-            observation = look()
-        blocks = [{"type": "text", "text": observation.text}] + [{"type": "image"} for _ in observation.refs]
-        self.messages.append({"role": "user", "content": blocks})
-        self.pictures += [self.case.sides[ref.index].view.shown(ref) for ref in observation.refs]
+    def _stumble(self, record: Record, rng: random.Random) -> None:
+        """A call that the tools refuse, or one after another until none is left."""
+        draw = rng.random()
+        if draw < OUT_OF_CALLS:
+            call = ("select_images", {"target_images": [rng.randint(0, len(record.case.candidates))]})
+            while not record.warned:
+                record.call("look.", *call, loss=False)
+        elif draw < OUT_OF_CALLS + MISTAKES:
+            record.call("look.", *_bad_call(record.case, rng), loss=False)
 
 
 class _Thinker:
@@ -165,17 +129,28 @@ class _Thinker:
         numbers = _listed(sorted([self.best, *self.rivals]))
         shown = self._common() if self.rivals else self._caption()
         several = bool(self.rivals)
-        if self.case.query.view is None:
+        query, best = self.case.query, self._side(self.best)
+        if query.view is not None and query.text is not None:
+            return self._resolved()
+        if best.view is None and (query.view is None or best.concept is None):
+            return f"{self.best} fits best"
+        if query.view is None:
             return f"{numbers} {'show' if several else 'shows'} {shown}"
-        if self._side(self.best).view is None:
+        if best.view is None:
             return f"{numbers} {'fit' if several else 'fits'} 0, {shown}"
         return f"{numbers} {'show' if several else 'shows'} {shown} like 0"
+
+    def _resolved(self) -> str:
+        """What a picture and a text about it ask for together."""
+        query, best = self.case.query, self._side(self.best)
+        if best.view is None:
+            return f"0 shows {_SKIN.sub('', query.concept.captions[0])}; {self.best} fits"
+        return f"wanted: {best.concept.captions[0]}; {self.best} fits"
 
     def finding(self) -> str:
         """What tells the best from its rivals."""
         concept = self._side(self.best).concept
-        facts = [_DIFFERENCES[key].format(concept.attributes[key]) for key in self._keys[:2]]
-        facts = [fact.replace("has bald hair", "is bald") for fact in facts]
+        facts = [_fact(key, concept.attributes[key]) for key in self._keys[:2]]
         return f"{self.best} {' and '.join(facts) if facts else 'fits best'}"
 
     def _side(self, number: int) -> Side:
@@ -208,6 +183,14 @@ class _Thinker:
         if first.base in self.concepts:
             return _SKIN.sub("", self.concepts[first.base].captions[0])
         return first.role
+
+
+def _fact(key: str, value: str) -> str:
+    if value == "bald":
+        return "is bald"
+    if key == "gender" and " and " in value:
+        return "shows a {} and a {}".format(*value.split(" and "))
+    return _DIFFERENCES[key].format(value)
 
 
 def _listed(numbers: list[int]) -> str:
@@ -257,19 +240,3 @@ def _bad_call(case: Case, rng: random.Random) -> tuple[str, dict[str, Any]]:
     if without:
         bad += [("select_images", {"target_images": [rng.choice(without)]})] * 3
     return rng.choice(bad)
-
-
-def _bad_turn(case: Case, thinker: _Thinker, rng: random.Random) -> str:
-    """A turn that is neither one call nor one answer."""
-    thought = thinker.first_look() + "."
-    answer = format_answer(case.order)
-    call = format_call("select_images", {"target_images": [thinker.best]})
-    return rng.choice(
-        (
-            f"<think>{thought}</think>",
-            thought,
-            f"<think>{thought}</think>\n{call}\n{answer}",
-            f"<think>{thought}</think>\n{call.replace('}', '', 1)}",
-            f"<think>{thought}</think>\n{answer.removesuffix('</answer>')}",
-        )
-    )

@@ -1,0 +1,170 @@
+"""Examples as files that any trainer or evaluation reads: the released row schema, pictures embedded."""
+
+from __future__ import annotations
+
+import functools
+import io
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from art import Art
+from concepts import Concept
+from examples import Drawing, Entry, Example, Scene
+from PIL import Image
+from preset import PRESET
+from scenes import draw_scene
+from tasks import make_maker
+
+from vretrver_hf import Item
+from vretrver_hf.data.examples import RerankExample, row_features, to_row
+from vretrver_hf.protocol import IMAGE_MARK, build_messages
+
+
+TRAIN_SHARES = {
+    "t2i": 0.14,
+    "i2i": 0.12,
+    "i2t": 0.1,
+    "it2i": 0.2,
+    "it2it": 0.08,
+    "it2t": 0.1,
+    "t2it": 0.08,
+    "t2t": 0.05,
+    "overview": 0.05,
+    "detail": 0.08,
+}
+"""What the training set is made of."""
+ROWS_AT_A_TIME = 1000
+"""Rows of a row group: each picture is stored once a group."""
+DICTIONARY_BYTES = 1 << 26
+
+_DRAWING = {"lossless": True, "quality": 50, "method": 1}
+_SCENE = {"quality": 80, "method": 2}
+
+
+class Exporter:
+    """
+    Makes rows of examples.
+
+    Args:
+        art (`Art`): The pictures.
+    """
+
+    def __init__(self, art: Art) -> None:
+        self.art = art
+        self._encode_drawing = functools.lru_cache(maxsize=20_000)(
+            lambda drawing: _webp(self.art.image(*drawing), _DRAWING)
+        )
+
+    def rerank_example(self, example: Example) -> RerankExample:
+        """The example as the package knows it, with the prompt that the recipe's preset makes of it."""
+        query, *candidates = (self._item(entry) for entry in example.entries)
+        return RerankExample(
+            query_id=example.qid,
+            query=query,
+            candidates=candidates,
+            positives=[example.positive],
+            data_source=f"emoji/{example.task}",
+            prompt=flat_prompt(query, candidates),
+        )
+
+    def row(self, example: Example) -> dict[str, Any]:
+        """A row of the released schema; its `ability` is the kind of question."""
+        row = to_row(self.rerank_example(example))
+        row["extra_info"]["images"] = [image["image"]["path"] for image in row["images"]]
+        reward = {"style": "rule", "ground_truth": example.positive + 1}
+        return row | {"ability": example.kind, "reward_model": reward}
+
+    def _item(self, entry: Entry) -> Item:
+        image = entry.image
+        if isinstance(image, Scene):
+            image = _webp(draw_scene(self.art, image), _SCENE)
+        elif image is not None:
+            image = self._encode_drawing(Drawing(*image))
+        return Item(text=entry.text, image=image)
+
+
+def flat_prompt(query: Item, candidates: list[Item]) -> list[dict[str, str]]:
+    """The opening messages as text, with a mark for each picture."""
+    return [
+        {
+            "role": message["role"],
+            "content": "".join(
+                IMAGE_MARK if block["type"] == "image" else block["text"] for block in message["content"]
+            ),
+        }
+        for message in build_messages(query, candidates, PRESET)
+    ]
+
+
+def training_examples(art: Art, concepts: dict[str, Concept], count: int, seed: int) -> list[Example]:
+    """
+    Training examples of all tasks, mixed.
+
+    Args:
+        art (`Art`): The pictures.
+        concepts (`dict[str, Concept]`): All concepts.
+        count (`int`): How many.
+        seed (`int`): Seed of the draw.
+
+    Returns:
+        `list[Example]`: The examples.
+    """
+    rng = random.Random(f"{seed}/export")
+    tasks = rng.choices(list(TRAIN_SHARES), list(TRAIN_SHARES.values()), k=count)
+    drawn = {
+        task: iter(make_maker(art, concepts, task, "train").make(tasks.count(task), seed))
+        for task in sorted(set(tasks))
+    }
+    return [next(drawn[task]) for task in tasks]
+
+
+def write_parquet(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """
+    Write rows to a parquet file; it appears when everything is written.
+
+    Args:
+        path (`str` or `Path`): The file.
+        rows (`Iterable[dict]`): The rows, taken a few at a time.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    schema = _schema()
+    partial = Path(f"{path}.part")
+    # One dictionary a row group keeps a picture once, however many candidates show it.
+    with parquet.ParquetWriter(
+        partial, schema, compression="zstd", dictionary_pagesize_limit=DICTIONARY_BYTES
+    ) as writer:
+        for batch in _batches(rows):
+            writer.write_table(pyarrow.Table.from_pylist(batch, schema))
+    partial.replace(path)
+
+
+def _schema() -> Any:
+    from datasets import Features, List, Value
+
+    columns = row_features()
+    info = columns["extra_info"] | {"images": List(Value("string"))}
+    reward = {"style": Value("string"), "ground_truth": Value("int64")}
+    columns = {**columns, "extra_info": info, "ability": Value("string"), "reward_model": reward}
+    return Features(columns).arrow_schema
+
+
+def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    batch: list[dict[str, Any]] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == ROWS_AT_A_TIME:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _webp(pixels: np.ndarray, options: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="WEBP", **options)
+    return buffer.getvalue()

@@ -1,0 +1,139 @@
+"""How an annotator looks for the right scene: one candidate after another, not always enough of them, and not always
+at the right place."""
+
+from __future__ import annotations
+
+import random
+
+from examples import Scene
+from record import Record
+from scenes import family, place_phrase, thing_phrase, value_phrase
+
+
+CROPS = {0: 0.05, 1: 0.15, 2: 0.3, 3: 0.3, 4: 0.2}
+"""How many candidates are cropped, and how often. The number is drawn beforehand, whether the right one is found or
+not: when to stop is left to be learned from reward."""
+MISSED = 0.12
+"""Share of crops that are aimed beside the target at first."""
+NEEDLESS_SELECT, NEEDLESS_CALL = 0.08, 0.3
+"""Shares of searches that begin with a look at whole scenes, which shows too little, and of scenes that need no closer
+look and get one."""
+BOX_SIDES = (0.07, 0.12)
+"""Least and most side of a crop's box, as a share of the scene; a large target gets a little more than itself."""
+AIM_ERROR = 0.012
+"""Standard deviation of the middle of a box, as a share of the scene."""
+SEEN = 0.85
+"""Share of the target's side, across and down, that must be in view to read it."""
+
+
+def search(record: Record, rng: random.Random, use_tools: bool) -> None:
+    """
+    Plays a case of scenes to its end.
+
+    Args:
+        record (`Record`): The conversation so far.
+        rng (`random.Random`): Source of chance.
+        use_tools (`bool`): Whether tools may be called.
+    """
+    if record.case.kind.startswith("detail"):
+        _Search(record, rng).play(use_tools)
+    else:
+        _glance(record, rng, use_tools)
+
+
+class _Search:
+    """A detail in each of several scenes that are alike but for it."""
+
+    def __init__(self, record: Record, rng: random.Random):
+        self.record, self.case, self.rng = record, record.case, rng
+        scene = self.case.candidates[0].scene
+        self.thing = family(self.case.candidates[0].concept)
+        self.place = place_phrase(scene, scene.target)
+
+    def play(self, use_tools: bool) -> None:
+        best, count = self.case.order[0] + 1, len(self.case.candidates)
+        crops = _draw(CROPS, self.rng) if use_tools else 0
+        thought = f"the {self.thing} {self.place} is too small to read"
+        if not crops:
+            return self.record.answer(f"{thought}; a guess.", self.case.order)
+        if self.rng.random() < NEEDLESS_SELECT and self.record.calls_left > 1:
+            numbers = list(range(1, min(count, self.record.preset.max_selected or count) + 1))
+            self.record.call(f"{thought}; look at all.", "select_images", {"target_images": numbers})
+            thought = "still too small"
+        read: list[int] = []
+        for number in range(1, min(crops, count) + 1):
+            if not self._read(number, f"{thought}; look at {number}."):
+                break
+            read.append(number)
+            thought = f"{number} shows {value_phrase(self.case.candidates[number - 1].concept)}"
+            if number == best:
+                thought += ", as asked"
+        order = _conclude(best, read, count)
+        first = order[0] + 1
+        if first in read:
+            ending = "." if first == read[-1] else f"; {first} is right."
+        else:
+            ending = f"; {first} is left." if len(read) == count - 1 else f"; maybe {first}."
+        self.record.answer(thought + ending if read else f"{thought}; a guess.", order)
+
+    def _read(self, number: int, thought: str) -> bool:
+        """Crops until the target is in view; whether it came into view before the calls ran out."""
+        scene, aim = self.case.candidates[number - 1].scene, self.rng.random() >= MISSED
+        while self.record.calls_left:
+            box = aim_box(scene, self.rng) if aim else miss_box(self.rng)
+            seen = self.record.call(thought, "crop_image", {"bbox_2d": box, "target_image": number}).refs[0].box
+            if in_view(scene, seen):
+                return True
+            thought, aim = f"no {self.thing} there; look at {number} again.", True
+        return False
+
+
+def _glance(record: Record, rng: random.Random, use_tools: bool) -> None:
+    """What is asked for can be seen at once; some look closer all the same."""
+    case = record.case
+    best = case.order[0] + 1
+    side = case.sides[best]
+    thing = thing_phrase(side.concept)
+    finding = record.brief(f"{best} has {thing} {place_phrase(side.scene, side.scene.target)}", f"{best} has {thing}")
+    if use_tools and rng.random() < NEEDLESS_CALL:
+        box = aim_box(side.scene, rng)
+        arguments = {"bbox_2d": box, "target_image": best}
+        record.call(record.brief(f"{finding}; check it.", "check."), "crop_image", arguments)
+        finding = f"{best} has {thing}"
+    record.answer(f"{finding}.", case.order)
+
+
+def aim_box(scene: Scene, rng: random.Random) -> list[float]:
+    """A box around the target, a little off, as shares of the scene with two decimals."""
+    left, top, right, bottom = scene.objects[scene.target].box
+    side = max(rng.uniform(*BOX_SIDES), 1.2 * (right - left) / scene.side)
+    x, y = ((low + high) / 2 / scene.side + rng.gauss(0, AIM_ERROR) for low, high in ((left, right), (top, bottom)))
+    return _box(x, y, side)
+
+
+def miss_box(rng: random.Random) -> list[float]:
+    """A box anywhere."""
+    return _box(rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.9), rng.uniform(*BOX_SIDES))
+
+
+def in_view(scene: Scene, seen: tuple[int, int, int, int]) -> bool:
+    """Whether a region shows enough of the target to read it."""
+    target = scene.objects[scene.target]
+    spans = ((max(target.box[axis], seen[axis]), min(target.box[axis + 2], seen[axis + 2])) for axis in (0, 1))
+    return all(stop - start >= SEEN * target.side for start, stop in spans)
+
+
+def _box(x: float, y: float, side: float) -> list[float]:
+    left, top = (min(max(middle - side / 2, 0.0), 1.0 - side) for middle in (x, y))
+    return [round(value, 2) for value in (left, top, left + side, top + side)]
+
+
+def _conclude(best: int, read: list[int], count: int) -> list[int]:
+    """What was found, what was not looked at, and what was seen to be wrong, 0-based."""
+    rest = [number for number in range(1, count + 1) if number not in read]
+    found = [best] if best in read else []
+    return [number - 1 for number in found + rest + [number for number in read if number != best]]
+
+
+def _draw(shares: dict[int, float], rng: random.Random) -> int:
+    return rng.choices(list(shares), list(shares.values()))[0]
