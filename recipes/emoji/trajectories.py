@@ -35,6 +35,8 @@ _DIFFERENCES = {
     "time": "shows {}",
     "key": "shows {}",
     "facing": "faces {}",
+    "phase": "shows the phase {}",
+    "direction": "points {}",
     "skin": "has {} skin",
 }
 _FAMILIES = {"clock": "a clock", "keycap": "a keycap", "1f46a": "a family"}
