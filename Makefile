@@ -1,5 +1,6 @@
 # make demo      install into .venv and watch the bundled model rank pictures
 # make test      the tests
+# make test-vllm the tests that need the real vLLM, which runs on the CPU in an environment of its own (2.5 GB)
 # make test-data the rules of the example's data, on the real data (fetches and renders them first: needs npm)
 # make quality   style of the code
 # make build     sdist and wheel, into dist/
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
-.PHONY: demo test test-data quality build clean
+.PHONY: demo test test-vllm test-data quality build clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/vretrver demo $(ARGS)
@@ -16,6 +17,9 @@ demo: $(VENV)/.installed
 # Models in tests are so small that a second thread only waits for the first.
 test: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+test-vllm: $(VENV)-vllm/.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/vllm_cpu $(ARGS)
 
 test-data: $(VENV)/.installed-test
 	$(VENV)/bin/python recipes/emoji/build_data.py
@@ -31,7 +35,7 @@ build: $(VENV)/bin/python
 	$(VENV)/bin/python -m build
 
 clean:
-	rm -rf $(VENV) build dist outputs
+	rm -rf $(VENV) $(VENV)-vllm build dist outputs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -44,3 +48,6 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
 	touch $@
+
+$(VENV)-vllm/.installed: pyproject.toml tests/vllm_cpu/environment.sh
+	PYTHON=$(PYTHON) tests/vllm_cpu/environment.sh $(VENV)-vllm

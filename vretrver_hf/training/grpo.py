@@ -146,7 +146,7 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
     """
     TRL's GRPO trainer for reranking with pictures and tools.
 
-    Three methods of TRL 1.16 are overridden, and nothing else but how a checkpoint is loaded ([`ExactResume`]):
+    Four methods of TRL 1.16 are overridden, and nothing else but how a checkpoint is loaded ([`ExactResume`]):
 
     - `_generate`, to run the project's own agent loop. TRL's processes all pictures and prefills the whole
       conversation again in every turn, runs tools one by one, ends a rollout without a word at a malformed turn, gives
@@ -156,6 +156,8 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
     - `_generate_single_turn`, for vLLM only. TRL hands vLLM prompts whose pads are expanded; in colocate mode vLLM
       expands them once more (TRL issue 6294). And vLLM keeps what the vision tower made of a picture under old
       weights (TRL issue 7198).
+    - `_get_tool_suffix_ids`, for vLLM only: a turn stops behind its call, and its end mark is not learnt, as in the
+      project's own loop.
     - `_get_train_sampler`, since TRL's sampler draws each epoch's order from what the epochs before left of its
       generator: a run that goes on in a later epoch would meet the first one's order again.
 
@@ -232,6 +234,8 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
             # A pad that the model writes would stand for a picture that there is not.
             unwanted = self.encoder.tokenizer.convert_ids_to_tokens(self.encoder.suppressed_ids)
             limits = {"max_tokens": max_turn_tokens, "bad_words": unwanted}
+            # A call ends the turn, and `_get_tool_suffix_ids` closes it: the model never learns to write the end mark.
+            limits["stop_token_ids"] = [self.encoder.end_of_call]
             args.generation_kwargs = {**limits, **(args.generation_kwargs or {})}
         super().__init__(
             model=model,
@@ -292,6 +296,10 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
                 self.vllm_generation.llm.llm_engine.reset_encoder_cache()
             prompt_ids = [collapse_pads(ids, self.encoder.image_pad) for ids in prompt_ids]
         return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
+    def _get_tool_suffix_ids(self, tool_messages: list[dict[str, Any]]) -> list[int]:
+        """TRL 1.16 calls this for what follows a turn with a call, which it takes to be closed; see the class."""
+        return [self.encoder.end_of_turn, *super()._get_tool_suffix_ids(tool_messages)]
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         """TRL 1.16 calls this for the order of the rows; see the class for why each epoch's is drawn by its number."""
