@@ -63,7 +63,8 @@ def test_cached_turns_equal_a_full_prefill(model, processor, picture, images, nu
     (trajectory,) = play(engine, [task])
     assert trajectory.order == [1, 0, 2] and trajectory.num_calls == num_calls
     cached = [value for value in trajectory.logprobs if value is not None]
-    assert cached == pytest.approx(full_logprobs(model, engine, task, trajectory), abs=1e-5)
+    # Float32 keeps seven digits; which way the last one goes depends on the CPU's kernels.
+    assert cached == pytest.approx(full_logprobs(model, engine, task, trajectory), abs=1e-5, rel=5e-6)
 
 
 def test_a_batch_gives_what_single_rows_give(model, processor, picture):
