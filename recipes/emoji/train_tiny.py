@@ -403,7 +403,7 @@ def sft(
 @app.command(name="all")
 def both(
     context: typer.Context,
-    share: Annotated[float, typer.Option(help="Share of the training time that stage 0 gets.")] = 0.68,
+    share: Annotated[float, typer.Option(help="Share of the training time that stage 0 gets.")] = 0.95,
     stage0_batch_size: Size = 512,
     stage0_lr: Rate = 1e-3,
     sft_batch_size: Size = 256,
