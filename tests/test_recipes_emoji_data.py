@@ -405,7 +405,8 @@ class TestBuild:
             (["--steps", "rendre"], "rendre"),
             (["--from-archive", str(tmp_path / "none.zip")], "none.zip"),
         ):
-            done = subprocess.run(command + arguments, capture_output=True, text=True)
+            wide = {**os.environ, "COLUMNS": "500"}  # or a long path is broken between lines
+            done = subprocess.run(command + arguments, capture_output=True, text=True, env=wide)
             assert done.returncode == 2 and complaint in done.stderr and "Traceback" not in done.stderr
 
     def test_the_archive_depends_on_its_contents_alone(self, small_data, tmp_path):

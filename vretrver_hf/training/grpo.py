@@ -411,7 +411,8 @@ def collapse_pads(token_ids: Sequence[int], pad: int) -> list[int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the settings and trains."""
-    train(*parse((GRPOScriptArguments, EvidenceGRPOConfig, ModelConfig), argv))
+    trainer = train(*parse((GRPOScriptArguments, EvidenceGRPOConfig, ModelConfig), argv))
+    trainer.accelerator.end_training()  # a process group that is not ended may abort at exit
 
 
 def train(

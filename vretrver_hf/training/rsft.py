@@ -47,7 +47,8 @@ class RSFTScriptArguments(SFTScriptArguments):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the settings and trains."""
-    train(*parse((RSFTScriptArguments, ConversationSFTConfig, ModelConfig), argv))
+    trainer = train(*parse((RSFTScriptArguments, ConversationSFTConfig, ModelConfig), argv))
+    trainer.accelerator.end_training()  # a process group that is not ended may abort at exit
 
 
 def _sampled_preset(folder: str | None) -> Preset:

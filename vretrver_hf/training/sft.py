@@ -168,7 +168,8 @@ class ConversationTrainer(ExactResume, SFTTrainer):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the settings and trains."""
-    train(*parse((SFTScriptArguments, ConversationSFTConfig, ModelConfig), argv))
+    trainer = train(*parse((SFTScriptArguments, ConversationSFTConfig, ModelConfig), argv))
+    trainer.accelerator.end_training()  # a process group that is not ended may abort at exit
 
 
 def train(
