@@ -14,6 +14,7 @@ from trl import ModelConfig
 
 from vretrver_hf.data.conversations import write_records
 from vretrver_hf.encoding import Encoder
+from vretrver_hf.protocol import get_preset
 from vretrver_hf.training._common import parse
 from vretrver_hf.training.grpo import EvidenceGRPOConfig, GRPOScriptArguments
 from vretrver_hf.training.rsft import RSFTScriptArguments
@@ -54,6 +55,17 @@ def test_settings_are_known(path, accepted):
     assert model.model_name_or_path == raw["model_name_or_path"] and training.output_dir == raw["output_dir"]
     assert script.freeze_vision_tower and script.freeze_projector  # as in the paper
     assert not training.push_to_hub and training.report_to == []  # nothing leaves the machine unasked
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_the_worked_example_plays_one_protocol(stage, monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES / "emoji")
+    from preset import MAX_TURN_TOKENS, PRESET, STRIDE, WINDOW
+
+    settings = yaml.safe_load((RECIPES / "emoji" / f"{stage}.yaml").read_text())
+    assert get_preset(settings["preset"], **settings["preset_overrides"]) == PRESET
+    assert (settings["window"], settings["stride"]) == (WINDOW, STRIDE)
+    assert settings["max_turn_tokens"] == MAX_TURN_TOKENS
 
 
 @pytest.mark.parametrize("family", ["v-retrver-7b", "v-retrver-qwen3-vl"])

@@ -432,7 +432,7 @@ def table(rows: list[Row]) -> str:
     """The rows as Markdown, one line a split, condition and kind, one column a noise."""
     noises = (NOISE, *OTHER_NOISES)
     lines = [
-        "| split | kind | condition | px | n | right | 95 % interval | "
+        f"| split | kind | condition | px | n | right, σ {NOISE:g} | 95 % interval | "
         + " | ".join(f"σ {n:g}" for n in noises[1:])
         + " |",
         "|---" * (7 + len(noises[1:])) + "|",
