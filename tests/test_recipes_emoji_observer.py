@@ -11,6 +11,7 @@ import emoji_data  # makes the recipe importable
 import numpy as np
 import pytest
 from examples import Drawing, Placed, Scene
+from intervals import wilson
 from observer import (
     BOX_ERROR,
     BOX_SIDES,
@@ -34,7 +35,6 @@ from observer import (
     right_box,
     table,
     templates_of,
-    wilson,
     window_of,
 )
 from PIL import Image

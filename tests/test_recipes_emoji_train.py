@@ -23,8 +23,8 @@ from art import ARTISTS, SIZE
 from cases import View
 from choices import choice_share
 from emoji_toy import MERGED, TOY, WHOLE, data, model, processor, ranks, source, table
-from evaluate import wilson
 from examples import Drawing, Entry, Placed, Scene
+from intervals import wilson
 from locating import close_up, locations
 from model import (
     embed,

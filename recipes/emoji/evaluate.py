@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import typer
 from art import Art
 from concepts import load_concepts
 from examples import Entry, Example, Scene
+from intervals import wilson
 from PIL import Image
 from scenes import draw_scene
 from tasks import make_maker
@@ -167,14 +167,6 @@ def figures(results: list[Result]) -> dict[str, Any]:
 def share(hits: list[bool]) -> dict[str, Any]:
     """How many of how many, as R@1 with its interval."""
     return {"n": len(hits), "r1": sum(hits) / len(hits), "interval": wilson(sum(hits), len(hits))}
-
-
-def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    share, spread = right / count, z * z / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
-    return middle - half, middle + half
 
 
 def line(row: dict[str, Any]) -> str:

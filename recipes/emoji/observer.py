@@ -33,6 +33,7 @@ import typer
 from art import Art
 from concepts import load_concepts
 from examples import Drawing, Example, Placed
+from intervals import wilson
 from PIL import Image
 from preset import OVERVIEW_PIXELS, PRESET
 from rows import FACTOR
@@ -418,14 +419,6 @@ def examples_of(maker: SceneMaker, kind: str, count: int) -> list[Example]:
         found += [example for example in maker.make(count, seed) if example.kind.startswith(f"{kind}/")]
         seed += 1
     return found[:count]
-
-
-def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    share, spread = right / count, z * z / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
-    return middle - half, middle + half
 
 
 def table(rows: list[Row]) -> str:

@@ -245,12 +245,8 @@ class SceneMaker:
         return [self._make_one(rng, f"{self.kind}-{self.split}-{seed}-{number:06d}") for number in range(n)]
 
     def _make_one(self, rng: random.Random, qid: str) -> Example:
-        asked = self.questions.draw(rng, self.num_candidates - 1, self.hardness)
-        position = int(rng.random() * self.num_candidates)
-        candidates, relevance = list(asked.negatives), list(asked.grades)
-        candidates.insert(position, asked.positive)
-        relevance.insert(position, 3)
-        return Example(qid, "t2i", self.split, asked.query, candidates, position, relevance, asked.kind)
+        question = self.questions.draw(rng, self.num_candidates - 1, self.hardness)
+        return question.to_example(qid, "t2i", self.split, rng)
 
 
 # --- details ---------------------------------------------------------------------------------------------------------

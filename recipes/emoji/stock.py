@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from art import TRAIN_ARTISTS, Art
 from concepts import PEOPLE, Concept, may_be_confused
-from examples import Drawing, Entry
+from examples import Drawing, Entry, Example
 from splits import known_codes, pictures, shown_codes, split_artists, split_codes
 
 
@@ -38,6 +38,22 @@ class Question:
     positive: Entry
     negatives: list[Entry]
     grades: list[int]
+
+    def to_example(self, qid: str, task: str, split: str, rng: random.Random) -> Example:
+        """
+        The example, its right candidate anywhere among the others.
+
+        Args:
+            qid (`str`): Its unique name.
+            task (`str`): Its task.
+            split (`str`): Its split.
+            rng (`random.Random`): Source of chance.
+        """
+        place = int(rng.random() * (len(self.negatives) + 1))
+        candidates, relevance = list(self.negatives), list(self.grades)
+        candidates.insert(place, self.positive)
+        relevance.insert(place, 3)
+        return Example(qid, task, split, self.query, candidates, place, relevance, self.kind)
 
 
 class Family(Protocol):

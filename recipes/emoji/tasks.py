@@ -152,11 +152,7 @@ class ExampleMaker:
     def _example(self, rng: random.Random, qid: str) -> Example:
         (family,) = rng.choices(self._families, self._shares)
         question = family.draw(rng, self.num_candidates - 1, self.hardness)
-        place = int(rng.random() * self.num_candidates)
-        candidates, relevance = list(question.negatives), list(question.grades)
-        candidates.insert(place, question.positive)
-        relevance.insert(place, 3)
-        return Example(qid, self.task, self.split, question.query, candidates, place, relevance, question.kind)
+        return question.to_example(qid, self.task, self.split, rng)
 
 
 def make_maker(

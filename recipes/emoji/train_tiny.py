@@ -24,7 +24,8 @@ import torch
 import typer
 from art import TEST_ARTIST
 from choices import choice_share
-from evaluate import SETS, wilson
+from evaluate import SETS
+from intervals import wilson
 from model import fused_norms, make_model, num_parameters, target_losses, tiny_config
 from preset import MAX_TURN_TOKENS, PRESET, STRIDE, WINDOW
 from rows import Batch
