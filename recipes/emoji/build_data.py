@@ -16,8 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
@@ -75,8 +78,7 @@ def main(
         if "slim" in wanted:
             make_archive(out)
     if "render" in wanted:
-        for artist in ARTISTS:
-            render_missing(out, artist)
+        render_missing(out)
     if "examples" in wanted:
         write_examples(out, seed, num_examples)
     if "export" in wanted:
@@ -114,20 +116,29 @@ def make_archive(out: Path) -> None:
     typer.echo(f"archive  {sum(counts.values())} drawings, {(out / 'art.zip').stat().st_size / 1e6:.1f} MB")
 
 
-def render_missing(out: Path, artist: str) -> None:
-    """Render one artist, unless the same drawings were rendered before in the same way."""
+def render_missing(out: Path) -> None:
+    """Render each artist, one a process, unless the same drawings were rendered before in the same way."""
     manifest_path = out / "images" / "manifest.json"
     manifest = json.loads(manifest_path.read_text()) if manifest_path.exists() else {}
-    drawings = json.dumps(read_member(out / "art.zip", f"svg/{artist}.json"))
-    key = hashlib.sha256(f"{SIZE} {TWIN_TOLERANCE} {drawings}".encode()).hexdigest()
-    if manifest.get(artist) == key:
-        typer.echo(f"render   {artist}: up to date")
+    keys = {artist: _render_key(out / "art.zip", artist) for artist in ARTISTS}
+    missing = [artist for artist in ARTISTS if manifest.get(artist) != keys[artist]]
+    if not missing:
+        typer.echo("render   up to date")
         return
     start = time.perf_counter()
-    count = render_artist(out / "art.zip", artist, out / "images")
-    manifest[artist] = key
-    manifest_path.write_text(json.dumps(manifest, indent=1))
-    typer.echo(f"render   {artist}: {count} pictures in {time.perf_counter() - start:.0f} s")
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        rendering = {pool.submit(render_artist, out / "art.zip", artist, out / "images"): artist for artist in missing}
+        for future in as_completed(rendering):
+            artist, count = rendering[future], future.result()
+            manifest[artist] = keys[artist]
+            manifest_path.write_text(json.dumps(manifest, indent=1, sort_keys=True))
+            typer.echo(f"render   {artist}: {count} pictures after {time.perf_counter() - start:.0f} s")
+
+
+def _render_key(archive: Path, artist: str) -> str:
+    """Names what a rendering of an artist depends on."""
+    drawings = json.dumps(read_member(archive, f"svg/{artist}.json"))
+    return hashlib.sha256(f"{SIZE} {TWIN_TOLERANCE} {drawings}".encode()).hexdigest()
 
 
 def write_examples(out: Path, seed: int, num_examples: int) -> None:
