@@ -67,6 +67,15 @@ def test_finished_rows_are_kept(measured, saved, data, capsys):
     assert (measured / "tools.json").read_bytes() == before and "R@1" not in capsys.readouterr().out
 
 
+def test_rows_at_the_same_time_are_the_same(measured, saved, data, tmp_path):
+    options = {"count": 3, "only": ROWS, "sessions": 4, "device": "cpu", "dtype": "auto", "overview_pixels": None}
+    evaluate.main(model=str(saved), data=data, tools=True, out=tmp_path / "two.json", jobs=2, **options)
+    found, expected = (json.loads(path.read_text()) for path in (tmp_path / "two.json", measured / "tools.json"))
+    for row in (*found, *expected):
+        del row["seconds"]
+    assert sorted(found, key=str) == sorted(expected, key=str)
+
+
 def test_figures_by_hand():
     results = [
         Result("a/x", True, 2, 1, 100, "ok"),

@@ -242,6 +242,22 @@ def test_workers_make_what_the_source_makes(source):
         feed.close()
 
 
+def test_processes_share_out_each_steps_rows(source):
+    shares = [Feed(source, workers=0).batches("stage0", 8, start=3, rank=rank, ranks=2) for rank in (0, 1)]
+    for numbers in ((6, 7), (8, 9)):  # steps 3 and 4
+        for number, share in zip(numbers, shares, strict=True):
+            expected = source.batch("stage0", number, 4)
+            assert [part.ids.tolist() for part in next(share)] == [part.ids.tolist() for part in expected]
+
+
+def test_the_first_examples_are_easy_and_have_few_candidates(source):
+    def counts(first: bool) -> set[int]:
+        source_rows = source._draw_examples(SFT_TASKS, 60, random.Random(0), 0.0, few=first)
+        return {len(example.candidates) for example, _ in source_rows}
+
+    assert counts(True) == {2, 3} and max(counts(False)) > 3
+
+
 # --- trajectories ----------------------------------------------------------------------------------------------------
 
 

@@ -9,15 +9,19 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import functools
 import json
+import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 from art import Art
-from concepts import load_concepts
+from concepts import Concept, load_concepts
 from examples import Entry, Example, Scene
 from intervals import wilson
 from PIL import Image
@@ -69,27 +73,98 @@ def main(
     sessions: Annotated[int, typer.Option(help="Conversations at the same time.")] = 32,
     device: Annotated[str | None, typer.Option(help="Where to run; a GPU where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="Data type of the weights.")] = "auto",
+    jobs: Annotated[int, typer.Option(help="Rows at the same time, each in a process of its own.")] = 1,
 ) -> None:
     """R@1 of a model on held-out queries with five candidates each, with calls, tokens and answer statuses."""
-    reranker = Reranker.from_pretrained(model, tools=tools, max_sessions=sessions, device=device, dtype=dtype)
-    if overview_pixels is not None:
-        reranker.preset = get_preset(reranker.preset, overview_pixels=overview_pixels)
-    settings = {"tools": tools, "overview_pixels": reranker.preset.overview_pixels, "n": count}
-    art, concepts = Art.load(data), load_concepts(data)
+    names = list(chosen(only))
+    player = Player(data, count, model, tools, overview_pixels, sessions, device, dtype)
     rows = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else []
-    for task, split in chosen(only):
-        key = {"task": task, "split": split, **settings}
-        if any(key.items() <= row.items() for row in rows):
-            continue
-        examples = make_maker(art, concepts, task, split, num_candidates=CANDIDATES).make(count, SEED)
-        started = time.perf_counter()
-        results = play(reranker, art, examples, f"{task}/{split}")
-        seconds = time.perf_counter() - started
-        rows.append({**key, **figures(results), "seconds": seconds / count})
-        print(line(rows[-1]), flush=True)
+    missing = [name for name in names if not any(player.key(*name).items() <= row.items() for row in rows)]
+    for row in player.rows(missing, jobs):
+        rows.append(row)
+        typer.echo(line(row))
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Player:
+    """
+    A model as it is to be played, ready to be sent to another process; it is loaded where it plays.
+
+    Args:
+        data (`Path`): Folder that `build_data.py` filled.
+        count (`int`): Queries of each row.
+        model (`str`, *optional*): Hub id or folder; the bundled model by default.
+        tools (`bool`, *optional*, defaults to `True`): Whether it may look closer.
+        overview_pixels (`int`, *optional*): Most pixels of a picture in the prompt; the model's own by default.
+        sessions (`int`, *optional*, defaults to 32): Conversations at the same time.
+        device (`str`, *optional*): Where to run.
+        dtype (`str`, *optional*, defaults to `"auto"`): Data type of the weights.
+    """
+
+    data: Path
+    count: int
+    model: str | None = None
+    tools: bool = True
+    overview_pixels: int | None = None
+    sessions: int = 32
+    device: str | None = None
+    dtype: str = "auto"
+
+    @functools.cached_property
+    def reranker(self) -> Reranker:
+        options = {"max_sessions": self.sessions, "device": self.device, "dtype": self.dtype}
+        reranker = Reranker.from_pretrained(self.model, tools=self.tools, **options)
+        if self.overview_pixels is not None:
+            reranker.preset = get_preset(reranker.preset, overview_pixels=self.overview_pixels)
+        return reranker
+
+    @functools.cached_property
+    def art(self) -> Art:
+        return Art.load(self.data)
+
+    @functools.cached_property
+    def concepts(self) -> dict[str, Concept]:
+        return load_concepts(self.data)
+
+    def key(self, task: str, split: str) -> dict[str, Any]:
+        """What tells a row from all others."""
+        pixels = self.reranker.preset.overview_pixels
+        return {"task": task, "split": split, "tools": self.tools, "overview_pixels": pixels, "n": self.count}
+
+    def row(self, task: str, split: str) -> dict[str, Any]:
+        """Plays the queries of one row."""
+        maker = make_maker(self.art, self.concepts, task, split, num_candidates=CANDIDATES)
+        examples = maker.make(self.count, SEED)
+        started = time.perf_counter()
+        results = play(self.reranker, self.art, examples, f"{task}/{split}")
+        seconds = time.perf_counter() - started
+        return {**self.key(task, split), **figures(results), "seconds": seconds / self.count}
+
+    def rows(self, names: Sequence[tuple[str, str]], jobs: int) -> Iterator[dict[str, Any]]:
+        """Plays rows as they come, or several at a time as they are finished."""
+        if jobs == 1:
+            yield from (self.row(*name) for name in names)
+            return
+        context = multiprocessing.get_context("spawn")
+        fresh = dataclasses.replace(self)  # without what was loaded here
+        with ProcessPoolExecutor(jobs, context, initializer=_adopt, initargs=(fresh,)) as pool:
+            for future in as_completed([pool.submit(_row, *name) for name in names]):
+                yield future.result()
+
+
+_PLAYER: Player | None = None
+
+
+def _adopt(player: Player) -> None:
+    global _PLAYER
+    _PLAYER = player
+
+
+def _row(task: str, split: str) -> dict[str, Any]:
+    return _PLAYER.row(task, split)
 
 
 def chosen(only: str) -> Iterator[tuple[str, str]]:

@@ -28,15 +28,15 @@ from vretrver_hf.protocol import format_answer
 
 
 STAGE0_TASKS = {
-    "t2i": 0.2,
-    "i2i": 0.16,
-    "i2t": 0.08,
-    "it2i": 0.16,
+    "t2i": 0.14,
+    "i2i": 0.18,
+    "i2t": 0.06,
+    "it2i": 0.2,
     "it2it": 0.05,
-    "it2t": 0.06,
-    "t2it": 0.06,
-    "t2t": 0.05,
-    "overview": 0.1,
+    "it2t": 0.07,
+    "t2it": 0.05,
+    "t2t": 0.04,
+    "overview": 0.13,
     "detail": 0.08,
 }
 SFT_TASKS = {
@@ -75,9 +75,12 @@ OTHER_COUNTS = 0.4
 """Share of examples with another number of candidates than five: two to eight."""
 EASY = 0.4
 """Share of stage 0's examples whose negatives are all drawn at random: what differs in everything is learned first."""
+FIRST_BATCHES, FIRST_COUNTS = 500, (2, 3)
+"""Of stage 0, so many batches come first whose examples are all easy and have few candidates: pointing at one of many
+is not learned from choices that are hard as well."""
 STAGE0_CHOICE_WEIGHT, SFT_CHOICE_WEIGHT = 8.0, 4.0
 """Weight of the tokens that decide, among many that do not."""
-MAX_PART_TOKENS = 96_000
+MAX_PART_TOKENS = 32_000
 """Most tokens that go through the model at once; a batch of more goes in parts."""
 
 
@@ -134,8 +137,11 @@ class Source:
     def batch(self, stage: str, number: int, size: int) -> list[Batch]:
         """Batch `number` of `stage` ("stage0" or "sft") with `size` rows, in parts of rows of like length."""
         rng = random.Random(f"{self.seed}/{stage}/{number}")
-        rows = self._stage0_rows(size, rng) if stage == "stage0" else self._sft_rows(size, rng, number)
-        return self.parts(rows, row_multiple=32, length_multiple=64)
+        if stage == "stage0":
+            rows = self._stage0_rows(size, rng, first=number < FIRST_BATCHES)
+        else:
+            rows = self._sft_rows(size, rng, number)
+        return self.parts(rows, row_multiple=32, length_multiple=32)
 
     def parts(
         self,
@@ -217,14 +223,15 @@ class Source:
         examples = make_maker(self.art, self.concepts, task, split).make(count, seed)
         return [self.cases.plain(example) for example in examples]
 
-    def _stage0_rows(self, size: int, rng: random.Random) -> list[Row]:
+    def _stage0_rows(self, size: int, rng: random.Random, first: bool = False) -> list[Row]:
         captions, locations = round(size * CAPTION_ROWS), round(size * LOCATE_ROWS)
         rows = [self.caption_row(rng) for _ in range(captions)]
         rows += [self.locate_row(rng) for _ in range(locations)]
         # The tower takes pictures size by size, so a batch has one odd shape at most, and that in one size only.
         odd = rng.choice(ODD_SHAPES)
         match_share = MATCH_ROWS / (1 - CAPTION_ROWS - LOCATE_ROWS)
-        for example, task in self._draw_examples(STAGE0_TASKS, size - captions - locations, rng, EASY):
+        easy, few = (1.0, True) if first else (EASY, False)
+        for example, task in self._draw_examples(STAGE0_TASKS, size - captions - locations, rng, easy, few):
             shape, budget = ((1, 1), _draw(dict(BUDGETS), rng)) if rng.random() >= ODD else (odd, OVERVIEW_PIXELS)
             case = self.cases.varied(example, rng, shape)
             if task == "detail":
@@ -261,12 +268,13 @@ class Source:
         return self.trajectory_row(self.cases.plain(example), rng)
 
     def _draw_examples(
-        self, shares: dict[str, float], count: int, rng: random.Random, easy: float
+        self, shares: dict[str, float], count: int, rng: random.Random, easy: float, few: bool = False
     ) -> Iterator[tuple[Example, str]]:
         """Examples with their share's name, sorted by it."""
 
         def draw() -> tuple[str, int, bool]:
             candidates = rng.randint(2, 8) if rng.random() < OTHER_COUNTS else 5
+            candidates = rng.randint(*FIRST_COUNTS) if few else candidates
             return _draw(shares, rng), candidates, rng.random() >= easy
 
         for (task, candidates, hard), number in sorted(collections.Counter(draw() for _ in range(count)).items()):
@@ -296,10 +304,23 @@ class Feed:
         if workers:
             self._pool = multiprocessing.get_context("fork").Pool(workers, _adopt, (source,))
 
-    def batches(self, stage: str, size: int, start: int = 0) -> Iterator[list[Batch]]:
-        """Endless batches of a stage with `size` rows each, from number `start` on."""
+    def batches(self, stage: str, size: int, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[list[Batch]]:
+        """
+        Endless batches of a stage.
+
+        Args:
+            stage (`str`):
+                `"stage0"` or `"sft"`.
+            size (`int`):
+                Rows of a step.
+            start (`int`, *optional*, defaults to 0):
+                Number of the first step.
+            rank (`int`, *optional*, defaults to 0), ranks (`int`, *optional*, defaults to 1):
+                Which of how many equal shares of each step's rows to make.
+        """
         ahead = collections.deque()
-        for number in itertools.count(start):
+        size //= ranks
+        for number in itertools.count(start * ranks + rank, ranks):
             if self._pool is None:
                 yield self.source.batch(stage, number, size)
                 continue

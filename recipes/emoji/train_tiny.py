@@ -6,7 +6,9 @@ rate falls with the time that is left, and the last weights are always saved.
 
     python recipes/emoji/build_data.py …
     python recipes/emoji/tokenizer.py --out recipes/emoji/data/processor
-    python recipes/emoji/train_tiny.py --out outputs/tiny --minutes 9 all
+    python recipes/emoji/train_tiny.py --out outputs/tiny --minutes 20 all
+
+On several GPUs, `torchrun --nproc-per-node 4 recipes/emoji/train_tiny.py …`: each step's rows are shared out.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,9 +30,11 @@ from choices import choice_share
 from evaluate import SETS
 from intervals import wilson
 from model import fused_norms, make_model, num_parameters, target_losses, tiny_config
+from muon import Muon
 from preset import MAX_TURN_TOKENS, PRESET, STRIDE, WINDOW
 from rows import Batch
 from stages import MATCH_WEIGHT, Feed, Source
+from team import Team
 from torch import Tensor
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
@@ -41,6 +46,9 @@ SHARD = "14MB"
 CHOICES_MINUTES = 0.25
 """Time that is kept free for the look at direct answers."""
 PRINT_SECONDS, CHECKPOINT_SECONDS = 5.0, 60.0
+_LAYERS = re.compile(r"\.(?:layers|blocks|merger)\.")
+
+_WORKERS = max(1, (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 2)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -99,6 +107,8 @@ class Trainer:
         pause_at (`float`, *optional*):
             Value of `time.monotonic()` at which to write the checkpoint and raise [`Paused`]; the schedule stays as it
             is.
+        team (`Team`, *optional*):
+            Who trains along; nobody by default.
     """
 
     def __init__(
@@ -108,13 +118,15 @@ class Trainer:
         plan: Plan,
         checkpoint: Path | None = None,
         pause_at: float = math.inf,
+        team: Team | None = None,
     ):
         self.model, self.table, self.plan, self.checkpoint = model, table, plan, checkpoint
-        self.pause_at = pause_at
-        self.device = table.device
+        self.pause_at, self.device = pause_at, table.device
+        self.team = team or Team(self.device.type)
         self.step, self.spent = 0, 0.0
         model.model.visual.requires_grad_(plan.stage == "stage0")
-        self.optimizer = _make_optimizer(model, plan, self.device)
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.optimizers = _make_optimizers(model, plan, self.device)
 
     def resume(self) -> bool:
         """Continues from the checkpoint, if there is one; the time that was spent counts."""
@@ -122,7 +134,8 @@ class Trainer:
             return False
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         self.step, self.spent = state["step"], state["spent"]
         return True
 
@@ -138,39 +151,40 @@ class Trainer:
             `list[float]`: the mean loss of each interval between two prints.
         """
         plan, begun = self.plan, time.monotonic() - self.spent
+        (seconds,) = self.team.agree(60 * plan.minutes)
         meter, history = _Meter(self.device), []
         saved = self.spent
         self.model.train()
         while plan.max_steps is None or self.step < plan.max_steps:
-            self.spent = time.monotonic() - begun
-            if self.spent >= 60 * plan.minutes:
+            self.spent, pausing = self.team.agree(time.monotonic() - begun, time.monotonic() > self.pause_at)
+            if self.spent >= seconds:
                 break
-            progress = self.spent / (60 * plan.minutes)
+            progress = self.spent / seconds
             rate = plan.rate(progress)
-            for group in self.optimizer.param_groups:
+            for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                 group["lr"] = rate
             self._step(next(batches), meter)
             self.step += 1
-            if meter.seconds > PRINT_SECONDS:
+            if self.team.leads and meter.seconds > PRINT_SECONDS:
                 history.append(meter.report(plan.stage, progress, self.step, rate))
             if self.spent - saved > CHECKPOINT_SECONDS:
                 self.save()
                 saved = self.spent
-            if time.monotonic() > self.pause_at:
+            if pausing:
                 self.save()
                 raise Paused(f"paused in {plan.stage} after step {self.step}; go on with --resume")
-        if meter.steps:
+        if self.team.leads and meter.steps:
             history.append(meter.report(plan.stage, 1.0, self.step, 0.0))
         self.save()
         return history
 
     def save(self) -> None:
         """Writes the checkpoint."""
-        if self.checkpoint is None:
+        if self.checkpoint is None or not self.team.leads:
             return
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "spent": self.spent,
         }
@@ -187,9 +201,11 @@ class Trainer:
             loss = (losses * batch.weights).sum() / total
             loss.backward()
             meter.add(batch, losses.detach(), logits.detach(), loss.detach())
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.team.average_gradients(self.weights)
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         meter.steps += 1
 
 
@@ -279,8 +295,8 @@ class Run:
             Ends each stage earlier.
         pause_after (`float`, *optional*):
             Minutes from now after which to pause.
-        device (`torch.device`):
-            Where to train.
+        device_type (`str`):
+            Where to train: `"cuda"` or `"cpu"`.
     """
 
     def __init__(
@@ -293,7 +309,7 @@ class Run:
         resume: bool,
         max_steps: int | None,
         pause_after: float | None,
-        device: torch.device,
+        device_type: str,
     ):
         self.out, self.source, self.evaluate, self.resume, self.max_steps = out, source, evaluate, resume, max_steps
         self.minutes = minutes
@@ -301,13 +317,18 @@ class Run:
         self._pause_at = math.inf if pause_after is None else time.monotonic() + 60 * pause_after
         self.out.mkdir(parents=True, exist_ok=True)
         self.feed = Feed(source, workers)  # its workers are forked, so before anything touches the device
-        if device.type == "cuda":
+        self.team = Team(device_type)
+        device = self.team.device
+        if device_type == "cuda":
             _reserve_memory(device)
             torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, slowly, for each shape of a batch
         self.table = load_table(source, device)
         tokenizer = AutoProcessor.from_pretrained(source.processor).tokenizer
         self.model = make_model(tiny_config(tokenizer), source.seed).to(device)
-        print(f"{num_parameters(self.model):,} weights, {len(self.table):,} pictures, {workers} workers, {device}")
+        if self.team.leads:
+            count, pictures = num_parameters(self.model), len(self.table)
+            where = f"{self.team.size} × {device_type}, {workers} workers each"
+            print(f"{count:,} weights, {pictures:,} pictures, {where}", flush=True)
 
     def minutes_left(self, reserve: float = 0.0) -> float:
         """Minutes until the end, less a reserve for what comes after."""
@@ -320,19 +341,24 @@ class Run:
 
     def train(self, plan: Plan, batch_size: int, name: str) -> None:
         """Trains a stage and saves the model under `name`."""
-        trainer = Trainer(self.model, self.table, plan, self.out / f"checkpoint-{plan.stage}.pt", self._pause_at)
-        if self.resume and trainer.resume():
+        checkpoint = self.out / f"checkpoint-{plan.stage}.pt"
+        trainer = Trainer(self.model, self.table, plan, checkpoint, self._pause_at, self.team)
+        if self.resume and trainer.resume() and self.team.leads:
             print(f"{plan.stage}: going on after step {trainer.step}, {trainer.spent / 60:.1f} minutes")
         try:
-            trainer.train(self.feed.batches(plan.stage, batch_size, trainer.step))
+            trainer.train(self.feed.batches(plan.stage, batch_size, trainer.step, self.team.rank, self.team.size))
         except Paused as pause:
             self.close()
-            print(pause)
+            if self.team.leads:
+                print(pause)
             raise typer.Exit from pause
-        save_model(self.model, self.source.processor, self.out / name)
+        if self.team.leads:
+            save_model(self.model, self.source.processor, self.out / name)
 
     def test_choices(self) -> None:
         """Prints how often direct answers are right on held-out cases."""
+        if not self.team.leads:
+            return
         self.model.eval()
         for task, split in SETS:
             if self.evaluate and (split != "test_artist" or TEST_ARTIST in self.source.art.codes):
@@ -344,8 +370,10 @@ class Run:
                 )
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers, and the group of processes once all are here."""
         self.feed.close()
+        self.team.wait()
+        self.team.close()
 
 
 @app.callback()
@@ -355,7 +383,7 @@ def prepare(
     data: Annotated[Path, typer.Option(help="Folder that build_data.py filled.")] = Path("recipes/emoji/data"),
     processor: Annotated[Path | None, typer.Option(help="Folder that tokenizer.py filled; DATA/processor.")] = None,
     minutes: Annotated[float, typer.Option(help="Wall-clock minutes of the command, evaluation included.")] = 9.0,
-    workers: Annotated[int, typer.Option(help="Processes that make rows.")] = max(1, (os.cpu_count() or 2) - 2),
+    workers: Annotated[int, typer.Option(help="Processes that make rows.")] = _WORKERS,
     evaluate: Annotated[int, typer.Option(help="Held-out cases a set for a look between the stages; 0 skips it.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the first weights and of all draws.")] = 0,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoints in OUT.")] = False,
@@ -366,7 +394,7 @@ def prepare(
     device: Annotated[str, typer.Option(help="Where to train; cuda where there is one, else cpu.")] = "",
 ) -> None:
     source = Source(data, processor or data / "processor", seed)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     context.obj = lambda: Run(out, source, minutes, workers, evaluate, resume, max_steps, pause_after, where)
 
@@ -427,13 +455,19 @@ def _reserve_memory(device: torch.device, share: float = 0.8) -> None:
     torch.empty(int(share * free), dtype=torch.uint8, device=device)
 
 
-def _make_optimizer(model: torch.nn.Module, plan: Plan, device: torch.device) -> torch.optim.AdamW:
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
+def _make_optimizers(model: torch.nn.Module, plan: Plan, device: torch.device) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices while everything is learned: it needs half of AdamW's rows. AdamW for the rest."""
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    matrices = {
+        name: weight for name, weight in named if plan.stage == "stage0" and weight.ndim == 2 and _LAYERS.search(name)
+    }
+    rest = [weight for name, weight in named if name not in matrices]
     groups = [
-        {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": plan.weight_decay},
-        {"params": [weight for weight in weights if weight.ndim == 1], "weight_decay": 0.0},
+        {"params": [weight for weight in rest if weight.ndim > 1], "weight_decay": plan.weight_decay},
+        {"params": [weight for weight in rest if weight.ndim == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
+    optimizers = [torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.95), fused=device.type == "cuda")]
+    return [*optimizers, Muon(matrices.values(), plan.lr, plan.weight_decay)] if matrices else optimizers
 
 
 if __name__ == "__main__":
