@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .agent import AgentLoop, AgentTask, Event
-from .engines.base import Engine, Sampling
+from .engines.base import Engine, EngineError, Sampling
 from .images import ItemError
 from .items import Item, coerce_candidates, coerce_query
 from .protocol import Preset, get_preset
@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "reranker_config.json"
 """File beside a model that says how it is to be played."""
+
+ENGINES = ("transformers", "openai")
+EngineName = Literal["transformers", "openai"]
 
 _WORSE = ("ok", "repaired", "fallback")
 
@@ -89,7 +92,7 @@ class Reranker:
         cls,
         name: str | Path | None = None,
         *,
-        engine: Literal["transformers"] = "transformers",
+        engine: EngineName = "transformers",
         preset: str | Preset | None = None,
         window: int | None = None,
         stride: int | None = None,
@@ -104,9 +107,11 @@ class Reranker:
 
         Args:
             name (`str` or `Path`, *optional*):
-                Hub id or folder; the bundled tiny model by default.
+                Hub id or folder; the bundled tiny model by default. With engine `"openai"` the model's name at the
+                endpoint, which must be given; where it is a hub id or a folder, the protocol saved there is played.
             engine (`str`, *optional*, defaults to `"transformers"`):
-                What runs it.
+                What runs it: `"transformers"` here and now, or `"openai"`, any OpenAI-compatible endpoint at
+                `base_url`.
             preset (`str` or `Preset`, *optional*):
                 Replaces the preset saved beside the model. A model without one is played as `"release"`, with a
                 warning.
@@ -119,20 +124,20 @@ class Reranker:
             subfolder (`str`, *optional*, defaults to `""`):
                 Folder inside the repository.
             engine_kwargs:
-                Passed to the engine: `dtype`, `device`, `attn_implementation`, `max_sessions`, …
+                Passed to the engine: `dtype`, `device`, `attn_implementation`, `max_sessions`, … to
+                [`~engines.transformers.TransformersEngine`]; `base_url`, `max_sessions`, `deadline`, … to
+                [`~engines.openai.OpenAIEngine`].
 
         Raises:
             `ValueError`: for an unknown engine, a model family without a chat template, or settings beside the model
                 that this version does not know.
         """
-        if engine != "transformers":
-            raise ValueError(f"unknown engine {engine!r}: choose 'transformers'")
-        from .engines.transformers import TransformersEngine
-
+        if engine not in ENGINES:
+            raise ValueError(f"unknown engine {engine!r}: choose one of {', '.join(map(repr, ENGINES))}")
         if name is None:
-            name = bundled_model()
-        config = _load_config(name, revision, subfolder)
-        loaded = TransformersEngine.from_pretrained(name, revision=revision, subfolder=subfolder, **engine_kwargs)
+            name = _default_model(engine)
+        config = _load_config(name, revision, subfolder, required=engine != "openai")
+        loaded = _load_engine(engine, name, revision, subfolder, engine_kwargs)
         if preset is None and not config:
             logger.warning("%s has no %s: playing it as preset 'release'", name, CONFIG_NAME)
         if stride is None:
@@ -176,6 +181,7 @@ class Reranker:
 
         Raises:
             `ItemError`: before the model runs, naming the query or candidate that cannot be used and why.
+            `EngineError`: if the engine fails, naming it and the query.
             `ValueError`: if a data set's prompt is to be replayed and is missing, does not fit the pictures, or there
                 are more candidates than the window holds; or if one is given that would not be replayed.
         """
@@ -220,6 +226,7 @@ class Reranker:
             yield from events
             events.clear()
             if ranking is not None:
+                _raise_engine_failure(ranking)
                 yield ranking
 
     def rank_batch(
@@ -243,8 +250,8 @@ class Reranker:
             on_event (`Callable[[Event], None]`, *optional*):
                 Called with each event of any query; `event.query_id` says whose.
             on_error (`str`, *optional*, defaults to `"raise"`):
-                What an unusable item does when its query's turn comes. `"raise"` ends the batch; `"record"` gives the
-                query a ranking in input order whose `error` says why, and goes on.
+                What an unusable item does when its query's turn comes, or an engine that fails it. `"raise"` ends the
+                batch; `"record"` gives the query a ranking whose `error` says why, and goes on.
             show_progress_bar (`bool`, *optional*, defaults to `False`):
                 Shows a bar that counts queries.
 
@@ -261,6 +268,8 @@ class Reranker:
         with tqdm(total=total, unit="query", disable=not show_progress_bar) as bar:
             for ranking in self._drive(jobs, on_event):
                 if ranking is not None:
+                    if on_error == "raise":
+                        _raise_engine_failure(ranking)
                     rankings[ranking.query_id] = ranking
                     bar.update()
         return [rankings[str(index)] for index in range(len(rankings))]
@@ -348,6 +357,24 @@ def bundled_model() -> Path:
     return folder
 
 
+def _default_model(engine: str) -> Path:
+    if engine == "openai":
+        raise ValueError("engine 'openai' needs the name of the model at the endpoint")
+    return bundled_model()
+
+
+def _load_engine(
+    engine: str, name: str | Path, revision: str | None, subfolder: str, settings: dict[str, Any]
+) -> Engine:
+    if engine == "openai":
+        from .engines.openai import OpenAIEngine
+
+        return OpenAIEngine(str(name), **settings)
+    from .engines.transformers import TransformersEngine
+
+    return TransformersEngine.from_pretrained(name, revision=revision, subfolder=subfolder, **settings)
+
+
 def save_config(
     folder: str | Path, preset: Preset, window: int, stride: int, sampling: Sampling, tools: bool = True
 ) -> None:
@@ -362,17 +389,27 @@ def save_config(
     Path(folder, CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _load_config(name: str | Path, revision: str | None, subfolder: str) -> dict[str, Any]:
-    """What [`save_config`] wrote, its parts made; empty where a model has no such file."""
+def _load_config(name: str | Path, revision: str | None, subfolder: str, required: bool = True) -> dict[str, Any]:
+    """
+    What [`save_config`] wrote, its parts made; empty where a model has no such file, or none is `required` and there
+    is no such model.
+    """
     from transformers.utils import cached_file
 
-    path = cached_file(
-        str(name),
-        CONFIG_NAME,
-        revision=revision,
-        subfolder=subfolder,
-        _raise_exceptions_for_missing_entries=False,
-    )
+    if not required and not Path(name).is_dir() and str(name).count("/") != 1:
+        return {}  # no name that the hub could know
+    try:
+        path = cached_file(
+            str(name),
+            CONFIG_NAME,
+            revision=revision,
+            subfolder=subfolder,
+            _raise_exceptions_for_missing_entries=False,
+        )
+    except OSError:
+        if required:
+            raise
+        path = None
     if path is None:
         return {}
     try:
@@ -400,6 +437,12 @@ def _salvaged_list(values: Any) -> list[Item]:
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
         return []
     return [_salvaged(value, str(index)) for index, value in enumerate(values)]
+
+
+def _raise_engine_failure(ranking: Ranking) -> None:
+    for trajectory in ranking.trajectories:
+        if trajectory.error is not None and trajectory.turns:  # without turns, it was a picture that vanished
+            raise EngineError(trajectory.error)
 
 
 class _Job:
