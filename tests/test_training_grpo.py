@@ -39,7 +39,7 @@ from vretrver_hf.rewards import EvidenceReward
 from vretrver_hf.training import grpo
 from vretrver_hf.training._features import FeatureCache
 from vretrver_hf.training._rollouts import cut_trajectory, play_rollouts, to_rollout, with_unseen_picture
-from vretrver_hf.training.grpo import EvidenceGRPOConfig, EvidenceGRPOTrainer, collapse_pads
+from vretrver_hf.training.grpo import EvidenceGRPOConfig, EvidenceGRPOTrainer
 from vretrver_hf.trajectory import read_jsonl
 
 
@@ -632,13 +632,6 @@ class TestVLLM:
         trainer.vllm_mode, trainer._tower_is_trained = "colocate", False
         told, _ = self.turn(trainer)
         assert [entry for entry in told if isinstance(entry, str)] == ["sync"]
-
-    @given(st.lists(st.integers(0, 3), max_size=40))
-    def test_collapsing_leaves_no_neighbours_and_loses_nothing_else(self, ids):
-        collapsed = collapse_pads(ids, pad=0)
-        assert [token for token in collapsed if token] == [token for token in ids if token]
-        assert not any(a == b == 0 for a, b in zip(collapsed, collapsed[1:], strict=False))
-        assert (0 in collapsed) == (0 in ids)
 
 
 class TestEntryPoint:

@@ -73,6 +73,26 @@ def overviews(
     return refs, images
 
 
+def collapse_pads(token_ids: Sequence[int], pad: int) -> list[int]:
+    """
+    One pad for each picture, as vLLM's `prompt_token_ids` want it: vLLM expands them itself. The pads of two pictures
+    are never neighbours, since each picture stands between marks of its own.
+
+    Example:
+
+    ```python
+    >>> from vretrver_hf.encoding import collapse_pads
+
+    >>> collapse_pads([1, 9, 9, 9, 2, 1, 9, 2], pad=9)
+    [1, 9, 2, 1, 9, 2]
+
+    ```
+    """
+    return [
+        token for place, token in enumerate(token_ids) if token != pad or place == 0 or token_ids[place - 1] != pad
+    ]
+
+
 class Encoder:
     """
     Turns messages and observations into token ids for one model family.

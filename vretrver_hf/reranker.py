@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "reranker_config.json"
 """File beside a model that says how it is to be played."""
 
-ENGINES = ("transformers", "openai")
-EngineName = Literal["transformers", "openai"]
+ENGINES = ("transformers", "vllm", "openai")
+EngineName = Literal["transformers", "vllm", "openai"]
 
 _WORSE = ("ok", "repaired", "fallback")
 
@@ -110,8 +110,8 @@ class Reranker:
                 Hub id or folder; the bundled tiny model by default. With engine `"openai"` the model's name at the
                 endpoint, which must be given; where it is a hub id or a folder, the protocol saved there is played.
             engine (`str`, *optional*, defaults to `"transformers"`):
-                What runs it: `"transformers"` here and now, or `"openai"`, any OpenAI-compatible endpoint at
-                `base_url`.
+                What runs it: `"transformers"` or `"vllm"` in this process, or `"openai"`, any OpenAI-compatible
+                endpoint at `base_url`.
             preset (`str` or `Preset`, *optional*):
                 Replaces the preset saved beside the model. A model without one is played as `"release"`, with a
                 warning.
@@ -125,8 +125,8 @@ class Reranker:
                 Folder inside the repository.
             engine_kwargs:
                 Passed to the engine: `dtype`, `device`, `attn_implementation`, `max_sessions`, … to
-                [`~engines.transformers.TransformersEngine`]; `base_url`, `max_sessions`, `deadline`, … to
-                [`~engines.openai.OpenAIEngine`].
+                [`~engines.transformers.TransformersEngine`]; `tensor_parallel_size`, `lora`, … to
+                [`~engines.vllm.VLLMEngine`]; `base_url`, `deadline`, … to [`~engines.openai.OpenAIEngine`].
 
         Raises:
             `ValueError`: for an unknown engine, a model family without a chat template, or settings beside the model
@@ -370,9 +370,11 @@ def _load_engine(
         from .engines.openai import OpenAIEngine
 
         return OpenAIEngine(str(name), **settings)
-    from .engines.transformers import TransformersEngine
-
-    return TransformersEngine.from_pretrained(name, revision=revision, subfolder=subfolder, **settings)
+    if engine == "vllm":
+        from .engines.vllm import VLLMEngine as LocalEngine
+    else:
+        from .engines.transformers import TransformersEngine as LocalEngine
+    return LocalEngine.from_pretrained(name, revision=revision, subfolder=subfolder, **settings)
 
 
 def save_config(
