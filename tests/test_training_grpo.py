@@ -543,9 +543,10 @@ class TestFeatureCache:
             family, [make_example(picture)], tmp_path, freeze=True, max_turn_tokens=400, max_steps=1
         )
         trainer.train()
-        # Two pictures of the prompt, the crop and two selected ones; read by four rollouts, and by the loss.
+        # Two pictures of the prompt, the crop and two selected ones, computed for the rollouts, whose engine shares
+        # them; the loss recalls those of all four rollouts.
         assert trainer.features.num_computed == 5
-        assert trainer.features.num_recalled == 2 * (2 + 5 + 2 + 5) - 5
+        assert trainer.features.num_recalled == 2 + 5 + 2 + 5
 
 
 class TestSettings:

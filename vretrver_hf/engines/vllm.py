@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import time
 from collections.abc import Collection
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import chat_templates
 from ..encoding import Encoded, Encoder, collapse_pads
+from ..images import picture_id
 from .base import Engine, EngineError, Sampling, Session, TurnResult
 
 
@@ -142,7 +142,7 @@ class VLLMEngine(Engine):
             )
         session.token_ids += encoded.token_ids
         session.images += encoded.images
-        session.image_ids += [_image_id(image) for image in encoded.images]
+        session.image_ids += [picture_id(image) for image in encoded.images]
         params = self._params(session, sampling)
         session.turn += 1
         session.started = time.perf_counter()
@@ -237,12 +237,6 @@ class _Session(Session):
         self.image_ids: list[str] = []
         self.request: str | None = None
         self.started = 0.0
-
-
-def _image_id(image: Image.Image) -> str:
-    """The same for equal pixels, whatever query, window or turn they stand in."""
-    head = f"{image.mode} {image.width}x{image.height} ".encode()
-    return hashlib.blake2b(head + image.tobytes(), digest_size=16).hexdigest()
 
 
 def _adapter(folder: str | Path) -> Any:
