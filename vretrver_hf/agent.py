@@ -205,14 +205,17 @@ class AgentLoop:
         finally:
             self.cancel()
 
-    def cancel(self) -> list[tuple[AgentTask, Trajectory]]:
-        """Stops everything and frees the engine; hands back what had begun. Tells no event."""
-        self._waiting.clear()
-        playing, self._playing = self._playing, {}
-        for session, rollout in playing.items():
-            self.engine.close(session)
+    def cancel(self, query_id: str | None = None) -> list[tuple[AgentTask, Trajectory]]:
+        """Stops one query, or everything, and frees the engine; hands back what had begun. Tells no event."""
+        self._waiting = collections.deque(
+            task for task in self._waiting if query_id is not None and task.query_id != query_id
+        )
+        chosen = [s for s, rollout in self._playing.items() if query_id is None or rollout.task.query_id == query_id]
+        stopped = [self._playing.pop(session) for session in chosen]
+        for rollout in stopped:
+            self.engine.close(rollout.session)
             rollout.trajectory.finish = "cancelled"
-        return [(rollout.task, rollout.trajectory) for rollout in playing.values()]
+        return [(rollout.task, rollout.trajectory) for rollout in stopped]
 
     def _start(self, task: AgentTask) -> _Rollout:
         rollout = _Rollout(task, self.engine.encoder.factor, self.sampling.seed)

@@ -10,14 +10,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from .agent import AgentLoop, AgentTask, Event
+from .agent import Event
 from .engines.base import Engine, EngineError, Sampling
 from .images import ItemError
 from .items import Item, coerce_candidates, coerce_query
 from .protocol import Preset, get_preset
 from .ranking import Ranking
+from .ranking_loop import RankingJob, RankingLoop
 from .tools import VisualTools
-from .trajectory import Trajectory
 from .windows import WindowWalk
 
 
@@ -28,8 +28,6 @@ CONFIG_NAME = "reranker_config.json"
 
 ENGINES = ("transformers", "vllm", "openai")
 EngineName = Literal["transformers", "vllm", "openai"]
-
-_WORSE = ("ok", "repaired", "fallback")
 
 
 class Reranker:
@@ -203,7 +201,7 @@ class Reranker:
         Like [`Reranker.rank`], but yields each [`Event`] as it happens and the [`Ranking`] last. Closing the iterator
         stops the model.
         """
-        job = _Job(query_id, coerce_query(query), coerce_candidates(candidates), self, top_k, prompt)
+        job = self._job(query_id, coerce_query(query), coerce_candidates(candidates), top_k, prompt)
         if prompt is not None and self.preset.prompt_source != "dataset":
             raise ValueError(
                 "a prompt was given but this preset writes its own; load the reranker with a preset whose "
@@ -286,67 +284,50 @@ class Reranker:
 
     def _jobs(
         self, pairs: Iterable[tuple[Any, Iterable[Any]]], top_k: int | None, on_error: Literal["raise", "record"]
-    ) -> Iterator[_Job]:
+    ) -> Iterator[RankingJob]:
         for index, (query, candidates) in enumerate(pairs):
             if on_error == "record" and not isinstance(candidates, Sequence):
                 candidates = list(candidates)
             try:
-                job = _Job(str(index), coerce_query(query), coerce_candidates(candidates), self, top_k)
+                job = self._job(str(index), coerce_query(query), coerce_candidates(candidates), top_k)
                 job.check()
             except ItemError as error:
                 if on_error == "raise":
                     raise ItemError(f"query {index}: {error}") from error
-                job = _Job(str(index), _salvaged(query, None), _salvaged_list(candidates), self, top_k)
+                job = self._job(str(index), _salvaged(query, None), _salvaged_list(candidates), top_k)
                 job.error = str(error)
             yield job
 
-    def _drive(self, jobs: Iterable[_Job], on_event: Callable[[Event], None] | None) -> Iterator[Ranking | None]:
+    def _job(
+        self,
+        query_id: str,
+        query: Item,
+        candidates: list[Item],
+        top_k: int | None,
+        prompt: list[dict[str, str]] | None = None,
+    ) -> RankingJob:
+        return RankingJob(query_id, query, candidates, self.window, self.stride, top_k, prompt)
+
+    def _drive(self, jobs: Iterable[RankingJob], on_event: Callable[[Event], None] | None) -> Iterator[Ranking | None]:
         """Walks every job through its windows; yields after each step of the loop, a ranking or `None`."""
-        loop = AgentLoop(self.engine, self.sampling, on_event)
+        loop = RankingLoop(self, on_event)
         waiting = iter(jobs)
-        open_jobs: dict[str, _Job] = {}
         exhausted = False
         try:
             while True:
-                while not exhausted and loop.num_active < self.engine.max_sessions:
+                while not exhausted and loop.has_room:
                     job = next(waiting, None)
                     if job is None:
                         exhausted = True
-                    elif self._submit_window(job, loop, on_event):
-                        open_jobs[job.query_id] = job
-                    else:
-                        yield job.ranking()
+                    elif (ranking := loop.submit(job)) is not None:
+                        yield ranking
                 if not loop.num_active:
                     return
                 yield None
-                for task, trajectory in loop.step():
-                    job = open_jobs[task.query_id]
-                    job.merge(trajectory)
-                    if not self._submit_window(job, loop, on_event):
-                        del open_jobs[job.query_id]
-                        yield job.ranking()
+                yield from loop.step()
                 yield None
         finally:
             loop.cancel()
-
-    def _submit_window(self, job: _Job, loop: AgentLoop, on_event: Callable[[Event], None] | None) -> bool:
-        indices = job.next_window()
-        if indices is None:
-            return False
-        if on_event is not None:
-            on_event(Event("window", job.query_id, order=tuple(indices)))
-        loop.submit(
-            AgentTask(
-                query=job.query,
-                candidates=[job.candidates[index] for index in indices],
-                preset=self.preset,
-                query_id=job.query_id,
-                candidate_indices=indices,
-                tools=self.tools,
-                prompt=job.prompt,
-            )
-        )
-        return True
 
 
 def bundled_model() -> Path:
@@ -445,55 +426,3 @@ def _raise_engine_failure(ranking: Ranking) -> None:
     for trajectory in ranking.trajectories:
         if trajectory.error is not None and trajectory.turns:  # without turns, it was a picture that vanished
             raise EngineError(trajectory.error)
-
-
-class _Job:
-    """One query on its way through its windows."""
-
-    def __init__(
-        self,
-        query_id: str,
-        query: Item,
-        candidates: list[Item],
-        reranker: Reranker,
-        top_k: int | None,
-        prompt: list[dict[str, str]] | None = None,
-    ):
-        self.query_id = query_id
-        self.query = query
-        self.candidates = candidates
-        self.prompt = prompt
-        self.trajectories: list[Trajectory] = []
-        self.error: str | None = None
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
-        self._top_k = top_k
-        self._walk = WindowWalk(len(candidates), reranker.window, reranker.stride)
-
-    def check(self) -> None:
-        """Reads every picture once, so that a bad one is known before the model runs. Pixels are not kept."""
-        for name, item in [("query", self.query), *((f"candidate {i}", c) for i, c in enumerate(self.candidates, 1))]:
-            if item.image is not None:
-                item.load_image(name=name)
-
-    def next_window(self) -> list[int] | None:
-        # One candidate needs no comparison.
-        return self._walk.next() if len(self.candidates) > 1 and self.error is None else None
-
-    def merge(self, trajectory: Trajectory) -> None:
-        self.trajectories.append(trajectory)
-        self._walk.merge(trajectory.order)
-        self.error = self.error or trajectory.error
-
-    def ranking(self) -> Ranking:
-        statuses = [trajectory.status for trajectory in self.trajectories]
-        return Ranking(
-            query=self.query,
-            candidates=self.candidates,
-            order=self._walk.order,
-            status=max(statuses, key=_WORSE.index, default="fallback" if self.error else "ok"),
-            trajectories=self.trajectories,
-            top_k=self._top_k,
-            query_id=self.query_id,
-            error=self.error,
-        )
