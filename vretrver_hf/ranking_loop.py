@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .agent import AgentLoop, AgentTask, Event
-from .images import DEFAULT_LIMITS, ImageLimits
 from .items import Item
 from .ranking import Ranking
 from .trajectory import Trajectory
@@ -57,11 +56,11 @@ class RankingJob:
         self._top_k = top_k
         self._walk = WindowWalk(len(candidates), window, stride)
 
-    def check(self, limits: ImageLimits = DEFAULT_LIMITS) -> None:
+    def check(self) -> None:
         """Reads every picture once, so that a bad one is known before the model runs. Pixels are not kept."""
         for name, item in [("query", self.query), *((f"candidate {i}", c) for i, c in enumerate(self.candidates, 1))]:
             if item.image is not None:
-                item.load_image(limits, name=name)
+                item.load_image(name=name)
 
     def next_window(self) -> list[int] | None:
         # One candidate needs no comparison.
