@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 16, 64, 256], help="tokens of each model turn")
     parser.add_argument("--queries", type=int, default=64)
     parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--median", type=float, default=25, help="median of the windows' tokens")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", default="auto")
@@ -50,7 +51,7 @@ def main() -> None:
         kept = partial(play, engine, pieces, tokens, again=False)
         tell(alternate({"all of it again": partial(play, engine, pieces, tokens, True), "kept": kept}, args.repeats))
 
-    lengths = draw_lengths(args.queries, args.windows)
+    lengths = draw_lengths(args.queries, args.windows, args.median)
     flat = [length for windows in lengths for length in windows]
     spread = statistics.pstdev(flat) / statistics.mean(flat)
     print(f"\n{args.queries} queries of {args.windows} windows, CV of their lengths {spread:.2f}")
@@ -112,9 +113,10 @@ def play(engine, conversations: list[list[Encoded]], tokens: int, again: bool) -
             engine.submit(session, whole if again else piece, sampling)
 
 
-def draw_lengths(queries: int, windows: int) -> list[list[int]]:
+def draw_lengths(queries: int, windows: int, median: float) -> list[list[int]]:
     source = random.Random(0)
-    return [[min(400, max(4, round(source.lognormvariate(3.2, 0.8)))) for _ in range(windows)] for _ in range(queries)]
+    draw = lambda: max(1, round(median * source.lognormvariate(0, 0.8)))  # noqa: E731
+    return [[draw() for _ in range(windows)] for _ in range(queries)]
 
 
 def by_themselves(engine, prompt: Encoded, lengths: list[list[int]]) -> None:
