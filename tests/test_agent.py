@@ -232,3 +232,17 @@ def test_a_missing_or_unfit_prompt_is_an_error(encoder, task, prompt, reason):
     task.prompt = prompt
     with pytest.raises(ValueError, match=reason):
         run(encoder, task, [ANSWER])
+
+
+def test_one_query_can_be_cancelled_among_others(encoder, task):
+    engine = ScriptedEngine(encoder, lambda query_id, turn: [SELECT, ANSWER][turn], max_sessions=2)
+    loop = AgentLoop(engine)
+    for i in range(4):
+        loop.submit(AgentTask(task.query, task.candidates, PRESET, query_id=str(i)))
+    loop.step()
+    ((_, trajectory),) = loop.cancel("1")
+    assert trajectory.finish == "cancelled" and loop.cancel("3") == [] and loop.cancel("9") == []
+    ended = []
+    while loop.num_active:
+        ended += [done.query_id for done, _ in loop.step()]
+    assert sorted(ended) == ["0", "2"] and not engine._open

@@ -66,7 +66,7 @@ def scripted(parts, monkeypatch):
     def say(script) -> dict:
         asked = {}
 
-        def load(model, device, dtype, **settings):
+        def load(model, device, dtype, engine="transformers", base_url=None, **settings):
             asked.update(model=model, device=device, dtype=dtype, **settings)
             settings = {name: value for name, value in settings.items() if value is not None}
             return Reranker(ForcedEngine(*parts, script), PRESET, **settings)

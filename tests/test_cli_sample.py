@@ -350,3 +350,28 @@ class TestSynthesize:
             code, _, err = run(capsys, *self.args(data, server, tmp_path / "out"))
         assert code == 2 and "nothing was accepted" in err
         assert "malformed turn" in (tmp_path / "out" / "README.md").read_text()
+
+
+class TestSampleAtAnEndpoint:
+    def test_what_failed_is_named_and_the_next_run_asks_for_that_only(self, capsys, data):
+        answer = format_turn("so", format_answer([0, 1]))
+        down = {"q1"}
+
+        def script(body, before):
+            query = query_of(body)
+            return Reply(400, {"error": {"message": "not now"}}) if query in down else answer
+
+        with ScriptedTeacher(script) as server:
+            args = ["sample", "--data", data, "--out", "out", "--num-samples", "2", "--keep", "any"]
+            args += ["--model", "m", "--base-url", server.url, "--batch-size", "4"]
+            run(capsys, *args)
+            card = Path("out/README.md").read_text()
+            assert "q1" in card and "engine 'openai' at" in card and "not now" in card
+            asked = len(server.requests)
+            down.clear()
+            code, _, err = run(capsys, *args)
+            assert code == 0, err
+        assert len(server.requests) == asked + 2
+        records = read_records("out")
+        assert {record.trajectory.query_id for record in records} == {"q0", "q1", "q2"}
+        assert not any(record.trajectory.exact_tokens for record in records)

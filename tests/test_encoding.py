@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vretrver_hf import Item, VisualTools
-from vretrver_hf.encoding import Encoder
+from vretrver_hf.encoding import Encoder, collapse_pads
 from vretrver_hf.protocol import build_messages, format_answer, format_call, format_turn, get_preset
 from vretrver_hf.tools import Observation
 
@@ -105,3 +107,11 @@ def test_a_tokenizer_without_the_control_tokens_is_refused(family, processor):
     bare.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     with pytest.raises(ValueError, match="no single token for"):
         Encoder(bare, family)
+
+
+@given(st.lists(st.integers(0, 3), max_size=40))
+def test_collapsing_leaves_no_neighbours_and_loses_nothing_else(ids):
+    collapsed = collapse_pads(ids, pad=0)
+    assert [token for token in collapsed if token] == [token for token in ids if token]
+    assert not any(a == b == 0 for a, b in zip(collapsed, collapsed[1:], strict=False))
+    assert (0 in collapsed) == (0 in ids)

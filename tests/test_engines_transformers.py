@@ -200,7 +200,7 @@ def test_a_failing_prefill_tells_its_cause_and_frees_its_rows(model, processor, 
     engine = ForcedEngine(model, processor, lambda query_id, turn: format_answer([0, 1, 2]))
     tasks = [make_task(picture, str(i)) for i in range(3)]
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_vision_inputs", lambda images: 1 / 0)
+        patch.setattr(engine.features, "_compute", lambda images: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             play(engine, tasks)
     assert not engine._rows and not engine._waiting
@@ -264,3 +264,20 @@ def test_an_unsupported_family_is_refused(tmp_path):
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'bert' model; supported are"):
         TransformersEngine.from_pretrained(tmp_path)
+
+
+def test_a_picture_passes_the_tower_once_in_all_turns_and_queries(model, processor, picture):
+    """What returns is recalled, and says the same as where it is computed anew."""
+    script = [*TURNS[:2], TURNS[1], format_turn("so", format_answer([1, 0, 2]))]
+    first = make_task(picture, "a")
+    second = AgentTask(Item(text="another query"), first.candidates[::-1], PRESET, query_id="b")
+    cached, bare = (
+        ForcedEngine(model, processor, lambda query_id, turn: script[turn], feature_bytes=size) for size in (2**30, 0)
+    )
+    for mine, theirs in zip(play(cached, [first, second]), play(bare, [first, second]), strict=True):
+        assert mine.token_ids == theirs.token_ids
+        known = [value for value in mine.logprobs if value is not None]
+        assert known == pytest.approx([value for value in theirs.logprobs if value is not None], abs=1e-5)
+    distinct = {(ref.index, ref.width, ref.height, ref.box) for ref in play(cached, [first])[0].images}
+    shown_again = cached.features.num_recalled
+    assert cached.features.num_computed <= 2 * len(distinct) and shown_again > len(distinct)

@@ -56,7 +56,7 @@ def make_processor(family: str):
     return Qwen3VLProcessor(image_processor=image, tokenizer=tokenizer, video_processor=video)
 
 
-def make_model(family: str, processor, seed: int = 0):
+def make_model(family: str, processor, seed: int = 0, heads: int = 4):
     """A random model in float32, with weights so large that its tokens depend on what it reads."""
     tokenizer = processor.tokenizer
     ids = {
@@ -70,8 +70,8 @@ def make_model(family: str, processor, seed: int = 0):
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
         "max_position_embeddings": 16384,
         "tie_word_embeddings": True,
         "bos_token_id": None,
@@ -79,16 +79,17 @@ def make_model(family: str, processor, seed: int = 0):
         "pad_token_id": None,
         "initializer_range": 0.2,
     }
+    section = [8 // heads, 12 // heads, 12 // heads]
     torch.manual_seed(seed)
     if family == "qwen2_5_vl":
-        rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+        rope = {"rope_type": "default", "mrope_section": section, "rope_theta": 10000.0}
         vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
         vision |= {"patch_size": 14, "window_size": 112, "fullatt_block_indexes": [1], "initializer_range": 0.2}
         config = Qwen2_5_VLConfig(
             text_config={**text, "rope_parameters": rope}, vision_config=vision, tie_word_embeddings=True, **ids
         )
         return Qwen2_5_VLForConditionalGeneration(config).eval()
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "mrope_interleaved": True, "rope_theta": 10000.0}
+    rope = {"rope_type": "default", "mrope_section": section, "mrope_interleaved": True, "rope_theta": 10000.0}
     vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
     vision |= {
         "patch_size": 16,
@@ -97,7 +98,7 @@ def make_model(family: str, processor, seed: int = 0):
         "initializer_range": 0.2,
     }
     config = Qwen3VLConfig(
-        text_config={**text, "head_dim": 16, "rope_parameters": rope},
+        text_config={**text, "head_dim": 64 // heads, "rope_parameters": rope},
         vision_config=vision,
         tie_word_embeddings=True,
         **ids,

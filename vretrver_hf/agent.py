@@ -152,7 +152,7 @@ class AgentLoop:
 
         Returns:
             `list[tuple[AgentTask, Trajectory]]`: the trajectories that ended, possibly none. One whose pictures could
-            not be read has `finish="error"`, so that a bad picture costs one query and not the job.
+            not be read, or whose engine failed it, has `finish="error"`: it costs one query and not the job.
 
         Raises:
             `RuntimeError`: if the engine has no room, since somebody else's conversations hold it.
@@ -205,17 +205,21 @@ class AgentLoop:
         finally:
             self.cancel()
 
-    def cancel(self) -> list[tuple[AgentTask, Trajectory]]:
-        """Stops everything and frees the engine; hands back what had begun. Tells no event."""
-        self._waiting.clear()
-        playing, self._playing = self._playing, {}
-        for session, rollout in playing.items():
-            self.engine.close(session)
+    def cancel(self, query_id: str | None = None) -> list[tuple[AgentTask, Trajectory]]:
+        """Stops one query, or everything, and frees the engine; hands back what had begun. Tells no event."""
+        self._waiting = collections.deque(
+            task for task in self._waiting if query_id is not None and task.query_id != query_id
+        )
+        chosen = [s for s, rollout in self._playing.items() if query_id is None or rollout.task.query_id == query_id]
+        stopped = [self._playing.pop(session) for session in chosen]
+        for rollout in stopped:
+            self.engine.close(rollout.session)
             rollout.trajectory.finish = "cancelled"
-        return [(rollout.task, rollout.trajectory) for rollout in playing.values()]
+        return [(rollout.task, rollout.trajectory) for rollout in stopped]
 
     def _start(self, task: AgentTask) -> _Rollout:
         rollout = _Rollout(task, self.engine.encoder.factor, self.sampling.seed)
+        rollout.trajectory.exact_tokens = self.engine.exact_tokens
         started = time.perf_counter()
         encoded = self.engine.encoder.prompt(task.messages(), rollout.load_image, task.preset)
         seconds = time.perf_counter() - started
@@ -241,10 +245,13 @@ class AgentLoop:
 
     def _advance(self, rollout: _Rollout, result: TurnResult) -> bool:
         """Records a model turn and answers it. Returns whether the trajectory has ended."""
+        if result.error is not None:
+            rollout.trajectory.finish, rollout.trajectory.error = "error", result.error
+            return True
         encoder = self.engine.encoder
-        text = encoder.decode(result.token_ids)
+        text = encoder.decode(result.token_ids) if result.text is None else result.text
         parsed = parse_turn(text) if result.stop != "length" else _cut_short(self.sampling.max_turn_tokens)
-        closing = [] if result.token_ids[-1] == encoder.end_of_turn else [encoder.end_of_turn]
+        closing = encoder.closing(result.token_ids)
         turn = Turn(
             role="assistant",
             token_ids=result.token_ids + closing,
@@ -298,7 +305,8 @@ class AgentLoop:
         if trajectory.finish != "answer" and trajectory.status == "ok":
             trajectory.status = "repaired"
             trajectory.problems.append("the answer did not stand in a turn of its own")
-        self._on_event(Event("answer", rollout.task.query_id, order=tuple(trajectory.order), status=trajectory.status))
+        order = tuple(trajectory.order)
+        self._on_event(Event("answer", trajectory.query_id, trajectory.error, order=order, status=trajectory.status))
         return rollout.task, trajectory
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import chat_templates
 from .images import ImageRef, fit_size
-from .protocol import image_numbers
+from .protocol import IMAGE_MARK, image_numbers
 from .tools import Observation
 
 
@@ -41,12 +41,56 @@ class Encoded:
             The same pictures by reference.
         text (`str`):
             The rendered text, one pad a picture.
+        messages (`list[dict]`, *optional*):
+            The same as chat messages, for engines that take those; a `{"type": "image"}` block stands for each
+            picture.
     """
 
     token_ids: list[int]
     images: list[Image.Image]
     refs: list[ImageRef]
     text: str
+    messages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+def overview_size(size: tuple[int, int], preset: Preset, factor: int) -> tuple[int, int]:
+    """Width and height, in pixels, that a picture of `size` has in a prompt; both are multiples of `factor`."""
+    limit = preset.overview_pixels or preset.inspect_pixels or MAX_IMAGE_TOKENS * factor**2
+    least = min(MIN_IMAGE_TOKENS * factor**2, limit)
+    return fit_size(*size, factor=factor, min_pixels=least, max_pixels=limit)
+
+
+def overviews(
+    messages: Sequence[dict[str, Any]], load_image: Callable[[int], Image.Image], preset: Preset, factor: int
+) -> tuple[list[ImageRef], list[Image.Image]]:
+    """The pictures of the opening messages as the prompt shows them, by reference and as such."""
+    refs, images = [], []
+    for number in image_numbers(messages):
+        original = load_image(number)
+        width, height = overview_size(original.size, preset, factor)
+        refs.append(ImageRef(index=number, width=width, height=height))
+        images.append(refs[-1].render(original))
+    return refs, images
+
+
+def collapse_pads(token_ids: Sequence[int], pad: int) -> list[int]:
+    """
+    One pad for each picture, as vLLM's `prompt_token_ids` want it: vLLM expands them itself. The pads of two pictures
+    are never neighbours, since each picture stands between marks of its own.
+
+    Example:
+
+    ```python
+    >>> from vretrver_hf.encoding import collapse_pads
+
+    >>> collapse_pads([1, 9, 9, 9, 2, 1, 9, 2], pad=9)
+    [1, 9, 2, 1, 9, 2]
+
+    ```
+    """
+    return [
+        token for place, token in enumerate(token_ids) if token != pad or place == 0 or token_ids[place - 1] != pad
+    ]
 
 
 class Encoder:
@@ -91,12 +135,7 @@ class Encoder:
             preset (`Preset`):
                 Says how many pixels a picture in the prompt may have.
         """
-        refs, images = [], []
-        for number in image_numbers(messages):
-            original = load_image(number)
-            width, height = self.overview_size(original.size, preset)
-            refs.append(ImageRef(index=number, width=width, height=height))
-            images.append(refs[-1].render(original))
+        refs, images = overviews(messages, load_image, preset, self.factor)
         return self._encode(self._render(messages, add_generation_prompt=True), images, refs)
 
     def observation(self, observation: Observation) -> Encoded:
@@ -112,13 +151,15 @@ class Encoder:
 
     def overview_size(self, size: tuple[int, int], preset: Preset) -> tuple[int, int]:
         """Width and height, in pixels, that a picture of `size` has in the prompt."""
-        limit = preset.overview_pixels or preset.inspect_pixels or MAX_IMAGE_TOKENS * self.factor**2
-        least = min(MIN_IMAGE_TOKENS * self.factor**2, limit)
-        return fit_size(*size, factor=self.factor, min_pixels=least, max_pixels=limit)
+        return overview_size(size, preset, self.factor)
 
     def image_tokens(self, ref: ImageRef) -> int:
         """Number of pads that a picture takes."""
         return (ref.width // self.factor) * (ref.height // self.factor)
+
+    def closing(self, token_ids: Sequence[int]) -> list[int]:
+        """What the loop appends to a model's turn so that it ends as every turn does."""
+        return [] if token_ids[-1] == self.end_of_turn else [self.end_of_turn]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The model's own text, control tokens left out but tags kept."""
@@ -148,3 +189,34 @@ class Encoder:
         if len(ids) != 1:
             raise ValueError(f"the tokenizer has no single token for {token}; is this a {self.family} model?")
         return ids[0]
+
+
+class MessageEncoder:
+    """
+    Leaves messages as they are, for a model that only its endpoint can tokenise. It has no token ids.
+
+    Args:
+        factor (`int`, *optional*, defaults to 28):
+            Sides of pictures are multiples of it: 28 for Qwen2.5-VL, 32 for Qwen3-VL.
+    """
+
+    def __init__(self, factor: int = 28):
+        self.factor = factor
+
+    def prompt(
+        self, messages: Sequence[dict[str, Any]], load_image: Callable[[int], Image.Image], preset: Preset
+    ) -> Encoded:
+        """The opening of a conversation; see [`Encoder.prompt`]."""
+        refs, images = overviews(messages, load_image, preset, self.factor)
+        text = "\n".join(block.get("text", IMAGE_MARK) for message in messages for block in message["content"])
+        return Encoded([], images, refs, text, list(messages))
+
+    def observation(self, observation: Observation) -> Encoded:
+        """A user turn with what a tool returned."""
+        blocks = [{"type": "text", "text": observation.text}, *({"type": "image"} for _ in observation.images)]
+        message = {"role": "user", "content": blocks}
+        return Encoded([], list(observation.images), list(observation.refs), observation.text, [message])
+
+    def closing(self, token_ids: Sequence[int]) -> list[int]:
+        """Nothing: the endpoint ends turns itself."""
+        return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import hashlib
 import math
 import os
 import re
@@ -264,6 +265,12 @@ class ImageRef:
         """The reference that [`ImageRef.to_dict`] wrote."""
         box = values.get("box")
         return cls(values["index"], values["width"], values["height"], None if box is None else tuple(box))
+
+
+def picture_id(image: Image.Image) -> str:
+    """A name made of the pixels: the same for equal pictures, wherever they come from."""
+    head = f"{image.mode} {image.width}x{image.height} ".encode()
+    return hashlib.blake2b(head + image.tobytes(), digest_size=16).hexdigest()
 
 
 def is_url(text: str) -> bool:

@@ -10,14 +10,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from .agent import AgentLoop, AgentTask, Event
-from .engines.base import Engine, Sampling
+from .agent import Event
+from .engines.base import Engine, EngineError, Sampling
 from .images import ItemError
 from .items import Item, coerce_candidates, coerce_query
 from .protocol import Preset, get_preset
 from .ranking import Ranking
+from .ranking_loop import RankingJob, RankingLoop
 from .tools import VisualTools
-from .trajectory import Trajectory
 from .windows import WindowWalk
 
 
@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "reranker_config.json"
 """File beside a model that says how it is to be played."""
 
-_WORSE = ("ok", "repaired", "fallback")
+ENGINES = ("transformers", "vllm", "openai")
+EngineName = Literal["transformers", "vllm", "openai"]
 
 
 class Reranker:
@@ -89,7 +90,7 @@ class Reranker:
         cls,
         name: str | Path | None = None,
         *,
-        engine: Literal["transformers"] = "transformers",
+        engine: EngineName = "transformers",
         preset: str | Preset | None = None,
         window: int | None = None,
         stride: int | None = None,
@@ -104,9 +105,11 @@ class Reranker:
 
         Args:
             name (`str` or `Path`, *optional*):
-                Hub id or folder; the bundled tiny model by default.
+                Hub id or folder; the bundled tiny model by default. With engine `"openai"` the model's name at the
+                endpoint, which must be given; where it is a hub id or a folder, the protocol saved there is played.
             engine (`str`, *optional*, defaults to `"transformers"`):
-                What runs it.
+                What runs it: `"transformers"` or `"vllm"` in this process, or `"openai"`, any OpenAI-compatible
+                endpoint at `base_url`.
             preset (`str` or `Preset`, *optional*):
                 Replaces the preset saved beside the model. A model without one is played as `"release"`, with a
                 warning.
@@ -119,20 +122,20 @@ class Reranker:
             subfolder (`str`, *optional*, defaults to `""`):
                 Folder inside the repository.
             engine_kwargs:
-                Passed to the engine: `dtype`, `device`, `attn_implementation`, `max_sessions`, …
+                Passed to the engine: `dtype`, `device`, `attn_implementation`, `max_sessions`, … to
+                [`~engines.transformers.TransformersEngine`]; `tensor_parallel_size`, `lora`, … to
+                [`~engines.vllm.VLLMEngine`]; `base_url`, `deadline`, … to [`~engines.openai.OpenAIEngine`].
 
         Raises:
             `ValueError`: for an unknown engine, a model family without a chat template, or settings beside the model
                 that this version does not know.
         """
-        if engine != "transformers":
-            raise ValueError(f"unknown engine {engine!r}: choose 'transformers'")
-        from .engines.transformers import TransformersEngine
-
+        if engine not in ENGINES:
+            raise ValueError(f"unknown engine {engine!r}: choose one of {', '.join(map(repr, ENGINES))}")
         if name is None:
-            name = bundled_model()
-        config = _load_config(name, revision, subfolder)
-        loaded = TransformersEngine.from_pretrained(name, revision=revision, subfolder=subfolder, **engine_kwargs)
+            name = _default_model(engine)
+        config = _load_config(name, revision, subfolder, required=engine != "openai")
+        loaded = _load_engine(engine, name, revision, subfolder, engine_kwargs)
         if preset is None and not config:
             logger.warning("%s has no %s: playing it as preset 'release'", name, CONFIG_NAME)
         if stride is None:
@@ -176,6 +179,7 @@ class Reranker:
 
         Raises:
             `ItemError`: before the model runs, naming the query or candidate that cannot be used and why.
+            `EngineError`: if the engine fails, naming it and the query.
             `ValueError`: if a data set's prompt is to be replayed and is missing, does not fit the pictures, or there
                 are more candidates than the window holds; or if one is given that would not be replayed.
         """
@@ -197,7 +201,7 @@ class Reranker:
         Like [`Reranker.rank`], but yields each [`Event`] as it happens and the [`Ranking`] last. Closing the iterator
         stops the model.
         """
-        job = _Job(query_id, coerce_query(query), coerce_candidates(candidates), self, top_k, prompt)
+        job = self._job(query_id, coerce_query(query), coerce_candidates(candidates), top_k, prompt)
         if prompt is not None and self.preset.prompt_source != "dataset":
             raise ValueError(
                 "a prompt was given but this preset writes its own; load the reranker with a preset whose "
@@ -220,6 +224,7 @@ class Reranker:
             yield from events
             events.clear()
             if ranking is not None:
+                _raise_engine_failure(ranking)
                 yield ranking
 
     def rank_batch(
@@ -243,8 +248,8 @@ class Reranker:
             on_event (`Callable[[Event], None]`, *optional*):
                 Called with each event of any query; `event.query_id` says whose.
             on_error (`str`, *optional*, defaults to `"raise"`):
-                What an unusable item does when its query's turn comes. `"raise"` ends the batch; `"record"` gives the
-                query a ranking in input order whose `error` says why, and goes on.
+                What an unusable item does when its query's turn comes, or an engine that fails it. `"raise"` ends the
+                batch; `"record"` gives the query a ranking whose `error` says why, and goes on.
             show_progress_bar (`bool`, *optional*, defaults to `False`):
                 Shows a bar that counts queries.
 
@@ -261,6 +266,8 @@ class Reranker:
         with tqdm(total=total, unit="query", disable=not show_progress_bar) as bar:
             for ranking in self._drive(jobs, on_event):
                 if ranking is not None:
+                    if on_error == "raise":
+                        _raise_engine_failure(ranking)
                     rankings[ranking.query_id] = ranking
                     bar.update()
         return [rankings[str(index)] for index in range(len(rankings))]
@@ -277,67 +284,50 @@ class Reranker:
 
     def _jobs(
         self, pairs: Iterable[tuple[Any, Iterable[Any]]], top_k: int | None, on_error: Literal["raise", "record"]
-    ) -> Iterator[_Job]:
+    ) -> Iterator[RankingJob]:
         for index, (query, candidates) in enumerate(pairs):
             if on_error == "record" and not isinstance(candidates, Sequence):
                 candidates = list(candidates)
             try:
-                job = _Job(str(index), coerce_query(query), coerce_candidates(candidates), self, top_k)
+                job = self._job(str(index), coerce_query(query), coerce_candidates(candidates), top_k)
                 job.check()
             except ItemError as error:
                 if on_error == "raise":
                     raise ItemError(f"query {index}: {error}") from error
-                job = _Job(str(index), _salvaged(query, None), _salvaged_list(candidates), self, top_k)
+                job = self._job(str(index), _salvaged(query, None), _salvaged_list(candidates), top_k)
                 job.error = str(error)
             yield job
 
-    def _drive(self, jobs: Iterable[_Job], on_event: Callable[[Event], None] | None) -> Iterator[Ranking | None]:
+    def _job(
+        self,
+        query_id: str,
+        query: Item,
+        candidates: list[Item],
+        top_k: int | None,
+        prompt: list[dict[str, str]] | None = None,
+    ) -> RankingJob:
+        return RankingJob(query_id, query, candidates, self.window, self.stride, top_k, prompt)
+
+    def _drive(self, jobs: Iterable[RankingJob], on_event: Callable[[Event], None] | None) -> Iterator[Ranking | None]:
         """Walks every job through its windows; yields after each step of the loop, a ranking or `None`."""
-        loop = AgentLoop(self.engine, self.sampling, on_event)
+        loop = RankingLoop(self, on_event)
         waiting = iter(jobs)
-        open_jobs: dict[str, _Job] = {}
         exhausted = False
         try:
             while True:
-                while not exhausted and loop.num_active < self.engine.max_sessions:
+                while not exhausted and loop.has_room:
                     job = next(waiting, None)
                     if job is None:
                         exhausted = True
-                    elif self._submit_window(job, loop, on_event):
-                        open_jobs[job.query_id] = job
-                    else:
-                        yield job.ranking()
+                    elif (ranking := loop.submit(job)) is not None:
+                        yield ranking
                 if not loop.num_active:
                     return
                 yield None
-                for task, trajectory in loop.step():
-                    job = open_jobs[task.query_id]
-                    job.merge(trajectory)
-                    if not self._submit_window(job, loop, on_event):
-                        del open_jobs[job.query_id]
-                        yield job.ranking()
+                yield from loop.step()
                 yield None
         finally:
             loop.cancel()
-
-    def _submit_window(self, job: _Job, loop: AgentLoop, on_event: Callable[[Event], None] | None) -> bool:
-        indices = job.next_window()
-        if indices is None:
-            return False
-        if on_event is not None:
-            on_event(Event("window", job.query_id, order=tuple(indices)))
-        loop.submit(
-            AgentTask(
-                query=job.query,
-                candidates=[job.candidates[index] for index in indices],
-                preset=self.preset,
-                query_id=job.query_id,
-                candidate_indices=indices,
-                tools=self.tools,
-                prompt=job.prompt,
-            )
-        )
-        return True
 
 
 def bundled_model() -> Path:
@@ -346,6 +336,26 @@ def bundled_model() -> Path:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"the bundled model is missing from {folder}; install the package again")
     return folder
+
+
+def _default_model(engine: str) -> Path:
+    if engine == "openai":
+        raise ValueError("engine 'openai' needs the name of the model at the endpoint")
+    return bundled_model()
+
+
+def _load_engine(
+    engine: str, name: str | Path, revision: str | None, subfolder: str, settings: dict[str, Any]
+) -> Engine:
+    if engine == "openai":
+        from .engines.openai import OpenAIEngine
+
+        return OpenAIEngine(str(name), **settings)
+    if engine == "vllm":
+        from .engines.vllm import VLLMEngine as LocalEngine
+    else:
+        from .engines.transformers import TransformersEngine as LocalEngine
+    return LocalEngine.from_pretrained(name, revision=revision, subfolder=subfolder, **settings)
 
 
 def save_config(
@@ -362,17 +372,27 @@ def save_config(
     Path(folder, CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _load_config(name: str | Path, revision: str | None, subfolder: str) -> dict[str, Any]:
-    """What [`save_config`] wrote, its parts made; empty where a model has no such file."""
+def _load_config(name: str | Path, revision: str | None, subfolder: str, required: bool = True) -> dict[str, Any]:
+    """
+    What [`save_config`] wrote, its parts made; empty where a model has no such file, or none is `required` and there
+    is no such model.
+    """
     from transformers.utils import cached_file
 
-    path = cached_file(
-        str(name),
-        CONFIG_NAME,
-        revision=revision,
-        subfolder=subfolder,
-        _raise_exceptions_for_missing_entries=False,
-    )
+    if not required and not Path(name).is_dir() and str(name).count("/") != 1:
+        return {}  # no name that the hub could know
+    try:
+        path = cached_file(
+            str(name),
+            CONFIG_NAME,
+            revision=revision,
+            subfolder=subfolder,
+            _raise_exceptions_for_missing_entries=False,
+        )
+    except OSError:
+        if required:
+            raise
+        path = None
     if path is None:
         return {}
     try:
@@ -402,53 +422,7 @@ def _salvaged_list(values: Any) -> list[Item]:
     return [_salvaged(value, str(index)) for index, value in enumerate(values)]
 
 
-class _Job:
-    """One query on its way through its windows."""
-
-    def __init__(
-        self,
-        query_id: str,
-        query: Item,
-        candidates: list[Item],
-        reranker: Reranker,
-        top_k: int | None,
-        prompt: list[dict[str, str]] | None = None,
-    ):
-        self.query_id = query_id
-        self.query = query
-        self.candidates = candidates
-        self.prompt = prompt
-        self.trajectories: list[Trajectory] = []
-        self.error: str | None = None
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
-        self._top_k = top_k
-        self._walk = WindowWalk(len(candidates), reranker.window, reranker.stride)
-
-    def check(self) -> None:
-        """Reads every picture once, so that a bad one is known before the model runs. Pixels are not kept."""
-        for name, item in [("query", self.query), *((f"candidate {i}", c) for i, c in enumerate(self.candidates, 1))]:
-            if item.image is not None:
-                item.load_image(name=name)
-
-    def next_window(self) -> list[int] | None:
-        # One candidate needs no comparison.
-        return self._walk.next() if len(self.candidates) > 1 and self.error is None else None
-
-    def merge(self, trajectory: Trajectory) -> None:
-        self.trajectories.append(trajectory)
-        self._walk.merge(trajectory.order)
-        self.error = self.error or trajectory.error
-
-    def ranking(self) -> Ranking:
-        statuses = [trajectory.status for trajectory in self.trajectories]
-        return Ranking(
-            query=self.query,
-            candidates=self.candidates,
-            order=self._walk.order,
-            status=max(statuses, key=_WORSE.index, default="fallback" if self.error else "ok"),
-            trajectories=self.trajectories,
-            top_k=self._top_k,
-            query_id=self.query_id,
-            error=self.error,
-        )
+def _raise_engine_failure(ranking: Ranking) -> None:
+    for trajectory in ranking.trajectories:
+        if trajectory.error is not None and trajectory.turns:  # without turns, it was a picture that vanished
+            raise EngineError(trajectory.error)

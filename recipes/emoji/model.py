@@ -16,7 +16,9 @@ from rows import Batch, PictureGroup
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm, apply_rotary_pos_emb_vision
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
+
+from vretrver_hf.vision import attend
 
 
 PATCH = 14
@@ -166,7 +168,7 @@ def encode_pictures(visual: nn.Module, patches: Tensor, size: tuple[int, int]) -
     hidden = functional.linear(patches, kernel)
     rotation = visual.rotary_pos_emb(hidden, _patch_positions(size, patches.device))
     for block in visual.blocks:
-        hidden = hidden + _attend(block.attn, block.norm1(hidden), rotation)
+        hidden = hidden + attend(block.attn, block.norm1(hidden), rotation)
         hidden = hidden + block.mlp(block.norm2(hidden))
     return visual.merger(hidden).view(len(patches), -1, visual.config.out_hidden_size)
 
@@ -250,14 +252,6 @@ def fused_norms() -> Iterator[None]:
 def _fused_norm(self: Qwen2_5_VLRMSNorm, hidden: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         return functional.rms_norm(hidden, self.weight.shape, self.weight.to(hidden.dtype), self.variance_epsilon)
-
-
-def _attend(attention: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    count, patches, width = hidden.shape
-    query, key, value = attention.qkv(hidden).view(count, patches, 3, attention.num_heads, -1).unbind(2)
-    query, key = apply_rotary_pos_emb_vision(query, key, *rotation)
-    mixed = functional.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    return attention.proj(mixed.transpose(1, 2).reshape(count, patches, width))
 
 
 def _patch_positions(size: tuple[int, int], device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import demo, rank, sample, synthesize
+from . import demo, rank, sample, serve, synthesize
 from .common import one_line
 
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command(name="demo")(demo.demo)
 app.command(name="rank")(rank.rank)
 app.command(name="sample")(sample.sample)
+app.command(name="serve")(serve.serve)
 app.command(name="synthesize")(synthesize.synthesize)
 
 

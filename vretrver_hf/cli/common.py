@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,6 +27,14 @@ DeviceOption = Annotated[
 DtypeOption = Annotated[
     Dtype, typer.Option("--dtype", help="Number format; auto takes the checkpoint's, and float32 on a CPU.")
 ]
+Engine = Literal["transformers", "vllm", "openai"]
+EngineOption = Annotated[
+    Engine, typer.Option("--engine", help="What runs the model: transformers or vllm here, or an openai endpoint.")
+]
+BaseUrlOption = Annotated[
+    str | None,
+    typer.Option("--base-url", metavar="URL", help="Of the endpoint, such as http://localhost:8000/v1; implies it."),
+]
 NoToolsOption = Annotated[bool, typer.Option("--no-tools", help="Rank at first sight: the model may not look closer.")]
 
 
@@ -41,7 +51,14 @@ def one_line(text: str) -> str:
     )
 
 
-def load_reranker(model: str | None, device: str | None, dtype: Dtype, **settings: Any) -> Reranker:
+def load_reranker(
+    model: str | None,
+    device: str | None,
+    dtype: Dtype,
+    engine: Engine = "transformers",
+    base_url: str | None = None,
+    **settings: Any,
+) -> Reranker:
     """
     Loads a model and keeps its libraries quiet.
 
@@ -50,6 +67,8 @@ def load_reranker(model: str | None, device: str | None, dtype: Dtype, **setting
             Hub id or folder; the bundled model by default.
         device (`str`, *optional*), dtype (`str`):
             As [`TransformersEngine.from_pretrained`] takes them.
+        engine (`str`, *optional*, defaults to `"transformers"`), base_url (`str`, *optional*):
+            What runs it; an address means an endpoint.
         settings:
             Further arguments of [`Reranker.from_pretrained`].
 
@@ -61,16 +80,33 @@ def load_reranker(model: str | None, device: str | None, dtype: Dtype, **setting
 
     from ..reranker import Reranker
 
-    _check_device(device)
+    engine = "openai" if base_url else engine
+    place: dict[str, Any] = {"dtype": dtype}
+    if engine == "openai":
+        place = {"base_url": base_url}
+    elif engine == "transformers":
+        place["device"] = device
+        _check_device(device)
     if model is None:
         _use_one_thread()
-    else:
+    elif engine != "openai":
         _check_model(model)
     try:
-        return Reranker.from_pretrained(model, device=device, dtype=dtype, **settings)
-    except (OSError, ValueError, SafetensorError) as error:
+        return Reranker.from_pretrained(model, engine=engine, **place, **settings)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = _first_line(error)
         raise Mistake(reason if model is None else f"model {model}: {reason}") from error
+
+
+@contextlib.contextmanager
+def engine_mistakes() -> Iterator[None]:
+    """Tells in one line that an endpoint does not answer, or that an engine failed."""
+    from ..engines.base import EngineError
+
+    try:
+        yield
+    except EngineError as error:
+        raise Mistake(str(error)) from error
 
 
 def check_output(path: Path, option: str) -> None:

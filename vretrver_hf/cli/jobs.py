@@ -109,8 +109,13 @@ def weights_digest(model: str | None) -> str:
 
     if model is None:
         folder = bundled_model()
+    elif Path(model).is_dir():
+        folder = Path(model)
     else:
-        folder = Path(model) if Path(model).is_dir() else Path(cached_file(model, "config.json")).parent
+        try:
+            folder = Path(cached_file(model, "config.json")).parent
+        except OSError:
+            return "behind an endpoint"  # whose weights nobody here can tell apart
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")) + [folder / "config.json"]:
         size = path.stat().st_size

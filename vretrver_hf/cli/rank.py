@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .common import (
+    BaseUrlOption,
     DeviceOption,
     DtypeOption,
+    EngineOption,
     Mistake,
     ModelOption,
     NoToolsOption,
     check_output,
+    engine_mistakes,
     load_reranker,
 )
 from .trace import Trace
@@ -44,6 +47,8 @@ def rank(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    engine: EngineOption = "transformers",
+    base_url: BaseUrlOption = None,
 ) -> None:
     """
     Rank candidates for a query, best first, and show how the model came to it.
@@ -60,12 +65,14 @@ def rank(
         check_output(html, "--html")
     if window is not None and stride is None:
         stride = window // 2
-    reranker = load_reranker(model, device, dtype, tools=False if no_tools else None, window=window, stride=stride)
+    settings = {"tools": False if no_tools else None, "window": window, "stride": stride}
+    reranker = load_reranker(model, device, dtype, engine, base_url, **settings)
     trace = None if as_json else Trace()
     if trace is not None:
         trace.model(model, reranker)
         trace.ask(query_item, candidates)
-    ranking = reranker.rank(query_item, candidates, top_k=top_k, on_event=None if trace is None else trace.event)
+    with engine_mistakes():
+        ranking = reranker.rank(query_item, candidates, top_k=top_k, on_event=None if trace is None else trace.event)
     if html is not None:
         ranking.save_html(html)
     if trace is None:

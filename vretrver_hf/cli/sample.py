@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import DeviceOption, DtypeOption, Mistake, ModelOption, NoToolsOption, load_reranker
+from .common import (
+    BaseUrlOption,
+    DeviceOption,
+    DtypeOption,
+    EngineOption,
+    Mistake,
+    ModelOption,
+    NoToolsOption,
+    load_reranker,
+)
 from .jobs import (
     DataOption,
     ImageRootOption,
@@ -60,6 +69,8 @@ def sample(
     no_tools: NoToolsOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    engine: EngineOption = "transformers",
+    base_url: BaseUrlOption = None,
 ) -> None:
     """
     Sample trajectories and keep the right ones: the data of rejection-sampling fine-tuning.
@@ -73,7 +84,8 @@ def sample(
     that failed (a broken picture) are told, listed in FOLDER/README.md, and tried again by the next run.
 
     Several GPUs or machines: `accelerate launch --multi_gpu -m vretrver_hf sample …`; each process takes its share of
-    the queries, and the result is the same.
+    the queries, and the result is the same. Or serve the model as many times as there is room for it, behind one
+    --base-url, and let one process ask: --batch-size is then how many requests are under way.
 
     FOLDER holds trajectories.jsonl, examples.parquet and README.md, a data card with the acceptance rates. Train on it
     with `python -m vretrver_hf.training.rsft`.
@@ -92,7 +104,8 @@ def sample(
     with mistakes():
         shard = current_shard()
     tools = False if no_tools else None
-    reranker = load_reranker(model, device or shard.device, dtype, tools=tools, max_sessions=batch_size)
+    place = (device or shard.device, dtype, engine, base_url)
+    reranker = load_reranker(model, *place, tools=tools, max_sessions=batch_size)
     changes = {"temperature": temperature, "top_p": top_p, "max_turn_tokens": max_turn_tokens, "seed": seed}
     with mistakes():
         given = {name: value for name, value in changes.items() if value is not None}

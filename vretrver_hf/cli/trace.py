@@ -53,7 +53,7 @@ class Trace:
 
     def model(self, name: str | None, reranker: Reranker) -> None:
         """Prints which model runs and where."""
-        self.line("model", f"{name or 'vretrver-tiny, bundled'} ({reranker.engine.model.device})")
+        self.line("model", f"{name or 'vretrver-tiny, bundled'} ({reranker.engine.place})")
 
     def ask(self, query: Item, candidates: list[Item]) -> None:
         """Prints a query and its candidates."""

@@ -9,7 +9,6 @@ reason, and whether the answer is right then says nothing about the thought; so 
 from __future__ import annotations
 
 import asyncio
-import base64
 import dataclasses
 import hashlib
 import io
@@ -23,7 +22,9 @@ from typing import Any
 
 from PIL import Image
 
-from ..images import ImageRef, fit_size, load_image
+from ..encoding import overviews
+from ..engines._chat import image_block, make_client, reason_of, text_of, turn_seed
+from ..images import load_image
 from ..journal import Journal
 from ..parsing import parse_ranking, parse_turn
 from ..protocol import IMAGE_MARK, Preset, format_answer, format_call, format_turn
@@ -198,12 +199,8 @@ def synthesize_queries(
                 tell(keys[row], None)
 
     async def run() -> None:
-        from openai import AsyncOpenAI
-
         rows = iter([row for row, key in enumerate(keys) if key not in journal])
-        async with AsyncOpenAI(
-            base_url=teacher.base_url, api_key=teacher.api_key, timeout=teacher.timeout, max_retries=teacher.retries
-        ) as client:
+        async with make_client(teacher.base_url, teacher.api_key, teacher.timeout, teacher.retries) as client:
             async with asyncio.TaskGroup() as group:
                 for _ in range(concurrency):
                     group.create_task(work(client, rows))
@@ -345,7 +342,7 @@ class _Talk:
         self._tools = VisualTools(self._images[0], self._images[1:], preset=preset, factor=factor)
         self._calls_left = preset.max_calls
         prompt = example.task(preset).messages()
-        refs = [_overview(number, self._images[number], preset, factor) for number in _numbers(prompt)]
+        refs, pictures = overviews(prompt, self._images.__getitem__, preset, factor)
         self.trajectory = Trajectory(
             query_id=example.query_id,
             num_candidates=len(example.candidates),
@@ -357,7 +354,7 @@ class _Talk:
             exact_tokens=False,
         )
         annotation = annotation_prompt(preset, example.positives if reveal else None)
-        self._messages = self._for_teacher(prompt, refs, annotation)
+        self._messages = self._for_teacher(prompt, pictures, annotation)
 
     async def play(self, ask: Callable[[list[dict[str, Any]], int], Any]) -> None:
         """Lets the teacher write turns until it answers or leaves the protocol."""
@@ -395,7 +392,7 @@ class _Talk:
         turn.valid = True
         refs = list(observation.refs)
         self.trajectory.turns.append(Turn("observation", [], observation.text, images=refs, valid=True))
-        pictures = [_image_block(image) for image in observation.images]
+        pictures = [image_block(image, "jpeg") for image in observation.images]
         self._messages += [
             {"role": "assistant", "content": turn.text},
             {"role": "user", "content": [{"type": "text", "text": observation.text}, *pictures]},
@@ -410,18 +407,16 @@ class _Talk:
 
     def _turn_seed(self) -> int:
         turn = len(self.trajectory.assistant_turns)
-        return random.Random(f"{self._seed}/{self.trajectory.query_id}/{turn}").getrandbits(31)
+        return turn_seed(random.Random(f"{self._seed}/{self.trajectory.query_id}/{turn}"))
 
     def _for_teacher(
-        self, prompt: list[dict[str, Any]], refs: list[ImageRef], annotation: str
+        self, prompt: list[dict[str, Any]], pictures: list[Image.Image], annotation: str
     ) -> list[dict[str, Any]]:
-        rendered = {ref.index: _image_block(ref.render(self._images[ref.index])) for ref in refs}
+        rendered = (image_block(picture, "jpeg") for picture in pictures)
         messages = [
             {
                 "role": message["role"],
-                "content": [
-                    block if block["type"] == "text" else rendered[block["index"]] for block in message["content"]
-                ],
+                "content": [block if block["type"] == "text" else next(rendered) for block in message["content"]],
             }
             for message in prompt
         ]
@@ -444,51 +439,13 @@ async def _ask(client: Any, teacher: Teacher, messages: list[dict[str, Any]], se
             seed=seed,
         )
     except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-        raise TeacherDown(f"the teacher refuses: {_reason_of(error, teacher.api_key)}") from error
+        raise TeacherDown(f"the teacher refuses: {reason_of(error, teacher.api_key)}") from error
     except (openai.OpenAIError, ValueError) as error:  # ValueError: a reply that is no JSON
-        raise TeacherError(f"no reply from the teacher: {_reason_of(error, teacher.api_key)}") from error
-    return _text_of(reply)
-
-
-def _text_of(reply: Any) -> str:
-    """
-    What the model wrote, up to the end of its first call. Servers may take a reply apart into thought, text and calls:
-    it is put together again.
-    """
+        raise TeacherError(f"no reply from the teacher: {reason_of(error, teacher.api_key)}") from error
     try:
-        message = reply.choices[0].message
-    except (AttributeError, IndexError, TypeError):
-        raise TeacherError("the reply is no chat completion") from None
-    # Half a surrogate pair is valid in JSON, but no tokenizer and no file takes it.
-    text = (message.content or "").encode("utf-8", "replace").decode()
-    thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-    if thought and "<think>" not in text:
-        text = f"<think>{thought}</think>\n{text}"
-    if message.tool_calls and "<answer>" not in text:
-        text = _until(text, "</think>") + "\n" + _written_call(message.tool_calls[0])
-    before, end, after = text.partition("</think>")
-    return before + end + _until(after, "</tool_call>")
-
-
-def _written_call(call: Any) -> str:
-    name, arguments = call.function.name, call.function.arguments
-    return f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n</tool_call>'
-
-
-def _until(text: str, mark: str) -> str:
-    before, end, _ = text.partition(mark)
-    return before + end
-
-
-def _overview(number: int, image: Any, preset: Preset, factor: int) -> ImageRef:
-    """The picture as the student's prompt shows it; see `Encoder.overview_size`."""
-    limit = preset.overview_pixels or preset.inspect_pixels or 5120 * factor**2
-    size = fit_size(*image.size, factor=factor, min_pixels=min(4 * factor**2, limit), max_pixels=limit)
-    return ImageRef(number, *size)
-
-
-def _numbers(messages: Iterable[dict[str, Any]]) -> list[int]:
-    return [block["index"] for message in messages for block in message["content"] if block["type"] == "image"]
+        return text_of(reply)
+    except ValueError as error:
+        raise TeacherError(str(error)) from None
 
 
 def _marked(messages: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -536,17 +493,6 @@ def _store(data: bytes, box: tuple[int, int, int, int] | None, folder: Path) -> 
     return name
 
 
-def _image_block(image: Image.Image) -> dict[str, Any]:
-    url = f"data:image/jpeg;base64,{base64.b64encode(_jpeg(image)).decode()}"
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def _jpeg(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=95, subsampling=0)
-    return buffer.getvalue()
-
-
 def _write_json_list(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """One entry a line, so that nothing has to be held; the file appears when it is complete."""
     partial = path.with_suffix(".part")
@@ -557,9 +503,3 @@ def _write_json_list(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             separator = ",\n"
         file.write("[]\n" if separator == "[\n" else "\n]\n")
     partial.replace(path)
-
-
-def _reason_of(error: Exception, secret: str) -> str:
-    """What went wrong, in a line. Servers have been seen to repeat the key in what they say about it."""
-    text = f"{error} {error.__cause__ or ''}".replace(secret, "…")
-    return " ".join(text.split())[:300] or type(error).__name__

@@ -1,6 +1,6 @@
 """What runs the model: one interface, several engines."""
 
-from .base import Engine, Sampling, Session, TurnResult
+from .base import Engine, EngineError, Sampling, Session, TurnResult
 
 
-__all__ = ["Engine", "Sampling", "Session", "TurnResult"]
+__all__ = ["Engine", "EngineError", "Sampling", "Session", "TurnResult"]

@@ -8,7 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection
 from typing import Any, Literal
 
-from ..encoding import Encoded, Encoder
+from ..encoding import Encoded, Encoder, MessageEncoder
+
+
+class EngineError(RuntimeError):
+    """A query that an engine could not finish, after all retries. The message names the engine and the query."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +85,23 @@ class TurnResult:
         logprobs (`list[float]`, *optional*):
             Natural-log probability of each sampled token under the sampling temperature.
         stop (`str`):
-            `"end"`: the model closed its turn; `"call"`: stopped behind a tool call; `"length"`: the turn's limit.
+            `"end"`: the model closed its turn; `"call"`: stopped behind a tool call; `"length"`: the turn's limit;
+            `"error"`: it failed.
         seconds (`float`):
             Wall-clock time since the turn was asked for.
+        text (`str`, *optional*):
+            The turn as text, from engines that return no tokens; `token_ids` is empty then.
+        error (`str`, *optional*):
+            Why there is no turn, naming the engine and the query; `stop` is `"error"` then.
     """
 
     session: Session
     token_ids: list[int]
     logprobs: list[float] | None
-    stop: Literal["end", "call", "length"]
+    stop: Literal["end", "call", "length", "error"]
     seconds: float
+    text: str | None = None
+    error: str | None = None
 
 
 class Engine(ABC):
@@ -102,7 +113,11 @@ class Engine(ABC):
     closed. Several callers may take turns on one engine, in one thread.
     """
 
-    encoder: Encoder
+    encoder: Encoder | MessageEncoder
+    exact_tokens: bool = True
+    """Whether turns come as the token ids that were sampled; else they come as text."""
+    place: str = ""
+    """Where the model runs, for people."""
     max_length: int
     """Most tokens of one conversation."""
     max_sessions: int
@@ -126,3 +141,6 @@ class Engine(ABC):
     @abstractmethod
     def close(self, session: Session) -> None:
         """Ends a conversation, also in the middle of a turn, and frees what it held."""
+
+    def shutdown(self) -> None:  # noqa: B027 - most engines hold nothing
+        """Frees what the engine holds beyond the process's memory. It cannot be used any more."""

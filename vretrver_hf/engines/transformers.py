@@ -23,6 +23,7 @@ from transformers import (
 
 from .. import chat_templates
 from ..encoding import Encoded, Encoder
+from ..vision import PictureFeatures, picture_grid
 from ._slot_cache import SlotCache
 from .base import Engine, Sampling, Session, TurnResult
 
@@ -43,6 +44,10 @@ class TransformersEngine(Engine):
             Most conversations in the batch; others wait. Memory for keys and values grows with it.
         prefill_tokens (`int`, *optional*, defaults to 8192):
             Most tokens, padding included, of one prefill batch. A longer single conversation is prefilled alone.
+        feature_bytes (`int`, *optional*, defaults to 1 GiB):
+            Most memory for what the vision tower made of pictures; see [`~vision.PictureFeatures`]. A picture that
+            returns in a later turn, window or query does not pass the tower again. Where the weights change, make a
+            new engine.
 
     Example:
 
@@ -54,13 +59,22 @@ class TransformersEngine(Engine):
     ```
     """
 
-    def __init__(self, model: PreTrainedModel, processor: Any, max_sessions: int = 16, prefill_tokens: int = 8192):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        max_sessions: int = 16,
+        prefill_tokens: int = 8192,
+        feature_bytes: int = 2**30,
+    ):
         if max_sessions < 1:
             raise ValueError(f"max_sessions must be positive, got {max_sessions}")
         self.model = model.eval()
         self.encoder = Encoder(processor, model.config.model_type)
         self.max_sessions = max_sessions
         self.prefill_tokens = prefill_tokens
+        self.place = str(model.device)
+        self.features = PictureFeatures(model.model.visual, self.encoder.processor.image_processor, feature_bytes)
         self.max_length = model.config.get_text_config().max_position_embeddings
         self._cache = SlotCache(model.config.get_text_config().num_hidden_layers, model.device)
         self._rows: list[_Session] = []  # row i of the cache belongs to _rows[i]
@@ -200,13 +214,12 @@ class TransformersEngine(Engine):
         width = max(map(len, ids))
         input_ids = torch.full((len(batch), width), self.encoder.end_of_turn)
         position_ids = torch.zeros(3, len(batch), width, dtype=torch.long)
-        vision = self._vision_inputs([image for session in batch for image in session.pending.images])
-        grids = iter(vision.get("image_grid_thw", []))
+        images = [image for session in batch for image in session.pending.images]
         for i, session in enumerate(batch):
             count = len(ids[i])
             input_ids[i, :count] = torch.tensor(ids[i])
-            own = [next(grids) for _ in session.pending.images]
-            positions = self._rope_positions(input_ids[i : i + 1, :count], own) + session.next_position
+            positions = self._rope_positions(input_ids[i : i + 1, :count], session.pending.images)
+            positions += session.next_position
             position_ids[:, i, :count] = positions
             session.next_position = int(positions.max()) + 1
             session.num_tokens = past[i] + count
@@ -218,15 +231,16 @@ class TransformersEngine(Engine):
         fresh = max(past) == 0
         self._cache.plan(rows, columns, length, fresh=fresh)
         mask = None if fresh or self._flash else self._mask(columns, length)
-        hidden = self.model.model(
-            input_ids=input_ids.to(device),
-            mm_token_type_ids=(input_ids == self.encoder.image_pad).int().to(device),
-            position_ids=position_ids.to(device),
-            attention_mask=mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            **{name: value.to(device) for name, value in vision.items()},
-        ).last_hidden_state
+        with self.features.shown(images) as vision:
+            hidden = self.model.model(
+                input_ids=input_ids.to(device),
+                mm_token_type_ids=(input_ids == self.encoder.image_pad).int().to(device),
+                position_ids=position_ids.to(device),
+                attention_mask=mask,
+                past_key_values=self._cache,
+                use_cache=True,
+                **{name: value.to(device) for name, value in vision.items()},
+            ).last_hidden_state
         ends = torch.tensor([len(row) - 1 for row in ids], device=device)
         return self.model.lm_head(hidden[torch.arange(len(batch), device=device), ends])
 
@@ -285,16 +299,10 @@ class TransformersEngine(Engine):
         session.num_tokens += 1
         return TurnResult(session, session.sampled, session.logprobs, stop, time.perf_counter() - session.started)
 
-    def _vision_inputs(self, images: list[Any]) -> dict[str, torch.Tensor]:
-        if not images:
-            return {}
-        # Sizes were fitted to the budget before, so resizing here could only disagree with the pads.
-        return dict(self.encoder.processor.image_processor(images, do_resize=False, return_tensors="pt"))
-
-    def _rope_positions(self, input_ids: torch.Tensor, grids: list[torch.Tensor]) -> torch.Tensor:
+    def _rope_positions(self, input_ids: torch.Tensor, images: list[Any]) -> torch.Tensor:
         """Rotary positions (3 × tokens) of a piece of conversation, from 0; they add up, so pieces concatenate."""
         types = (input_ids == self.encoder.image_pad).int()
-        grid = torch.stack(grids) if grids else None
+        grid = picture_grid(images, self.encoder.processor.image_processor) if images else None
         positions, _ = self.model.model.get_rope_index(input_ids, mm_token_type_ids=types, image_grid_thw=grid)
         return positions[:, 0]
 

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import torch
 
+from ..vision import join_features, split_features
+
 
 class FeatureCache:
     """
@@ -56,16 +58,13 @@ class FeatureCache:
                 pixels = torch.cat([pieces[place] for place in missing])
                 output = self._compute(pixels, grid_thw=grid_thw[missing], **kwargs)
             self._output = type(output)
-            tokens = [sizes[place] // self._merged for place in missing]
-            columns = [part.split(tokens) for part in [output.pooler_output, *_deepstack(output)]]
-            computed = {keys[place]: list(parts) for place, *parts in zip(missing, *columns, strict=True)}
+            parts = split_features(output, [sizes[place] // self._merged for place in missing])
+            computed = {keys[place]: picture for place, picture in zip(missing, parts, strict=True)}
             self._stores[self._mode] |= computed
             known |= computed
         self.num_computed += len(missing)
         self.num_recalled += len(keys) - len(missing)
-        pooled, *deepstack = (torch.cat(parts) for parts in zip(*(known[key] for key in keys), strict=True))
-        extra = {"deepstack_features": deepstack} if deepstack else {}
-        return self._output(pooler_output=pooled, **extra)
+        return join_features([known[key] for key in keys], self._output)
 
     def _keys(self, pixels: torch.Tensor, grid: torch.Tensor, sizes: list[int]) -> list[tuple[int, ...]]:
         """
@@ -87,7 +86,3 @@ def _scrambled(numbers: torch.Tensor, salt: int) -> torch.Tensor:
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         mixed = (mixed ^ (mixed >> shift)) * factor
     return (mixed ^ (mixed >> 31)) | 1
-
-
-def _deepstack(output: Any) -> list[torch.Tensor]:
-    return list(getattr(output, "deepstack_features", None) or [])

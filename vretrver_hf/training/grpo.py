@@ -24,6 +24,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig
 from trl.models import unwrap_model_for_generation
 
 from ..data.examples import load_examples
+from ..encoding import collapse_pads
 from ..engines.base import Sampling
 from ..engines.transformers import TransformersEngine
 from ..environment import (
@@ -387,26 +388,6 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
         }
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
-
-
-def collapse_pads(token_ids: Sequence[int], pad: int) -> list[int]:
-    """
-    One pad for each picture, as vLLM's `prompt_token_ids` want it: vLLM expands them itself. The pads of two pictures
-    are never neighbours, since each picture stands between marks of its own.
-
-    Example:
-
-    ```python
-    >>> from vretrver_hf.training.grpo import collapse_pads
-
-    >>> collapse_pads([1, 9, 9, 9, 2, 1, 9, 2], pad=9)
-    [1, 9, 2, 1, 9, 2]
-
-    ```
-    """
-    return [
-        token for place, token in enumerate(token_ids) if token != pad or place == 0 or token_ids[place - 1] != pad
-    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

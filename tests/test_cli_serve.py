@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import cohere
+import httpx
+import pytest
+from teacher import Reply, ScriptedTeacher
+from test_cli import run
+
+from vretrver_hf.protocol import format_answer, format_turn
+from vretrver_hf.samples import load_samples
+
+
+KEY = "sk-not-for-logs"
+
+
+def start(*args: str, **environment: str) -> tuple[subprocess.Popen, str]:
+    """`vretrver serve` on a free port, and its address, once it says that it serves."""
+    command = [sys.executable, "-m", "vretrver_hf", "serve", "--port", "0", *args]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    for line in process.stderr:
+        if line.startswith("http"):
+            return process, line.split()[0]
+    raise RuntimeError(f"it ended with {process.wait()}")
+
+
+def end(process: subprocess.Popen, number: int = signal.SIGTERM) -> tuple[int, str]:
+    process.send_signal(number)
+    return process.wait(60), process.stderr.read()
+
+
+def test_the_bundled_model_answers_the_cohere_sdk_and_ends_when_told():
+    sample = next(sample for sample in load_samples() if sample.task == "image-to-text")
+    documents = [candidate.text for candidate in sample.candidates]
+    process, url = start(VRETRVER_API_KEY=KEY)
+    try:
+        assert httpx.get(url + "/health").status_code == 200
+        assert httpx.post(url + "/v1/rerank", json={"query": "q", "documents": documents}).status_code == 401
+        client = cohere.ClientV2(api_key=KEY, base_url=url)
+        ask = lambda n: client.rerank(model="vretrver-tiny", query="a guard", documents=documents, top_n=n)  # noqa: E731
+        with ThreadPoolExecutor(4) as pool:
+            replies = list(pool.map(ask, range(1, 5)))
+        assert [len(reply.results) for reply in replies] == [1, 2, 3, 4]
+        assert len({reply.results[0].index for reply in replies}) == 1
+    finally:
+        code, log = end(process)
+    assert code in (0, -signal.SIGTERM) and "Traceback" not in log and KEY not in log
+
+
+def test_an_endpoint_can_stand_behind_it():
+    with ScriptedTeacher(lambda body, before: format_turn("so", format_answer([1, 0]))) as endpoint:
+        process, url = start("--model", "m", "--base-url", endpoint.url, OPENAI_API_KEY=KEY)
+        try:
+            reply = httpx.post(url + "/v1/rerank", json={"model": "m", "query": "q", "documents": ["a", "b"]})
+            assert [result["index"] for result in reply.json()["results"]] == [1, 0]
+        finally:
+            code, log = end(process, signal.SIGINT)
+    assert code in (0, 130, -signal.SIGINT) and "Traceback" not in log and KEY not in log
+    assert endpoint.headers[0]["authorization"] == f"Bearer {KEY}"
+
+
+def test_a_port_in_use_is_told_before_a_model_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, out, err = run(capsys, "serve", "--port", taken.getsockname()[1])
+    assert code == 2 and "cannot listen on 127.0.0.1" in err and err.count("\n") == 1 and not out
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["--model", "m", "--engine", "openai"], "needs base_url"),
+        (["--base-url", "http://127.0.0.1:9/v1"], "needs the name of the model"),
+        (["--allow-files", "/no/such/folder"], "/no/such/folder"),
+        (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(capsys, monkeypatch, args, reason):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    code, _, err = run(capsys, "serve", "--port", "0", *args)
+    assert code == 2 and reason in err and "Traceback" not in err
+
+
+def test_an_endpoint_that_refuses_is_told_in_one_line(capsys):
+    with ScriptedTeacher(lambda body, before: Reply(401, {"error": {"message": "no such key"}})) as endpoint:
+        args = ["rank", "--query", "q", "a", "b", "--model", "m", "--base-url", endpoint.url, "--json"]
+        code, out, err = run(capsys, *args)
+    assert code == 2 and "engine 'openai' at http://127.0.0.1" in err and "no such key" in err and not out

@@ -1,0 +1,365 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import cohere
+import httpx
+import pytest
+from scripted import ScriptedEngine
+from serving import Serving
+from tiny_models import make_processor
+
+from vretrver_hf import Reranker
+from vretrver_hf.encoding import Encoder
+from vretrver_hf.protocol import format_answer, format_call, format_turn, get_preset
+from vretrver_hf.server import Limits
+
+
+PRESET = get_preset("foveated", overview_pixels=64 * 64, inspect_pixels=64 * 64)
+DOCUMENTS = ["3", "7", "5"]
+ORDER = [1, 2, 0]
+
+
+class Numbers(ScriptedEngine):
+    """Ranks documents whose texts are numbers, the largest first; queries in `held` wait until they are let go."""
+
+    def __init__(self, encoder, max_sessions: int = 4):
+        super().__init__(encoder, self.answer, max_sessions=max_sessions)
+        self.prompts: dict[str, str] = {}
+        self.go = threading.Event()
+        self.go.set()
+        self.turns: list[str] = []
+
+    def submit(self, session, encoded, sampling):
+        if not session.turn:
+            self.prompts[session.query_id] = encoded.text
+        super().submit(session, encoded, sampling)
+
+    def poll(self, sessions):
+        self.go.wait(20)
+        return super().poll(sessions)
+
+    def answer(self, query_id, turn):
+        prompt = self.prompts[query_id]
+        self.turns.append(query_id)
+        if "Query: crash" in prompt:
+            raise MemoryError("out of memory")
+        if "Query: look" in prompt and turn == 0:
+            return format_turn("closer", format_call("select_images", {"target_images": [1]}))
+        numbers = re.findall(r"^\(\d+\) .*?(\d+)$", prompt, re.MULTILINE)
+        order = sorted(range(len(numbers)), key=lambda i: -int(numbers[i]))
+        return format_turn("by size", format_answer(order))
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return Encoder(make_processor("qwen2_5_vl"), "qwen2_5_vl")
+
+
+@pytest.fixture
+def engine(encoder):
+    return Numbers(encoder)
+
+
+@pytest.fixture
+def serve(engine):
+    running = []
+
+    def start(**settings):
+        running.append(Serving(Reranker(engine, PRESET), **settings).__enter__())
+        return running[-1]
+
+    yield start
+    engine.go.set()
+    for server in running:
+        server.__exit__()
+
+
+def post(server, path="/v1/rerank", headers=None, **body):
+    body = {"query": "largest", "documents": DOCUMENTS, **body}
+    return httpx.post(server.url + path, json=body, headers=headers, timeout=30)
+
+
+def order(response) -> list[int]:
+    assert response.status_code == 200, response.text
+    return [result["index"] for result in response.json()["results"]]
+
+
+def data_url(image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+class TestClients:
+    @pytest.mark.parametrize("version", ["v1", "v2"])
+    def test_cohere(self, serve, version):
+        server = serve(api_key="k")
+        client = {"v1": cohere.Client, "v2": cohere.ClientV2}[version](api_key="k", base_url=server.url)
+        reply = client.rerank(model="default", query="largest", documents=DOCUMENTS, top_n=2)
+        assert [result.index for result in reply.results] == ORDER[:2]
+        assert [result.relevance_score for result in reply.results] == [1.0, pytest.approx(2 / 3)]
+        wrong = {"v1": cohere.Client, "v2": cohere.ClientV2}[version](api_key="x", base_url=server.url)
+        with pytest.raises(cohere.UnauthorizedError):
+            wrong.rerank(model="default", query="largest", documents=DOCUMENTS)
+
+    @pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
+    def test_every_path_clients_look_at(self, serve, path):
+        assert order(post(serve(), path)) == ORDER
+
+    def test_fields_of_other_services_are_ignored(self, serve):
+        server = serve()
+        assert order(post(server, max_tokens_per_doc=512, truncate_prompt_tokens=1, rank_fields=["text"])) == ORDER
+
+    def test_documents_come_back_where_asked(self, serve):
+        results = post(serve(), return_documents=True, documents=["3", {"text": "7"}]).json()["results"]
+        assert [result["document"]["text"] for result in results] == ["7", "3"]
+        assert "document" not in post(serve()).json()["results"][0]
+
+    def test_the_names_of_the_model(self, serve):
+        server = serve(names=["mine"])
+        assert order(post(server, model="mine")) == ORDER
+        assert [m["id"] for m in httpx.get(server.url + "/v1/models").json()["data"]] == ["default", "mine"]
+        refused = post(server, model="gpt")
+        assert refused.status_code == 404 and "there is default, mine" in refused.json()["message"]
+
+
+class TestPictures:
+    def test_all_ways_to_send_one(self, serve, picture, engine):
+        url = data_url(picture())
+        blocks = [{"type": "text", "text": "7"}, {"type": "image_url", "image_url": {"url": url}}]
+        documents = [{"text": "3", "image": url}, {"content": blocks}, {"text": "5"}]
+        assert order(post(serve(), documents=documents, query={"text": "largest", "image": url})) == ORDER
+        assert engine.prompts["0"].count("<|image_pad|>") == 3
+
+    def test_a_string_is_text_unless_it_is_a_data_url(self, serve, engine, picture):
+        post(serve(), documents=["cat9.png", "https://example.com/1", data_url(picture())])
+        assert "cat9.png" in engine.prompts["0"] and engine.prompts["0"].count("<|image_pad|>") == 1
+
+    @pytest.mark.parametrize(
+        ("document", "reason"),
+        [
+            ({"image": "https://example.com/a.png"}, "fetches no URLs"),
+            ({"image": "file:///etc/passwd"}, "fetches no URLs"),
+            ({"image": "/etc/passwd"}, "reads no files"),
+            ({"image": "a.png"}, "reads no files"),
+            ({"content": [{"type": "image_url", "image_url": {"url": "http://localhost/"}}]}, "fetches no URLs"),
+            ({"content": [{"type": "video_url"}]}, "blocks of type text or image_url"),
+            ({"image": "data:image/png;base64,AAAA"}, "no readable image"),
+            ({"image": "data:image/png;base64,*"}, "base64 is invalid"),
+            ({"image": "data:text/html;base64,AAAA"}, "fetches no URLs"),
+            ({}, "needs text, an image, or both"),
+            ({"text": "  "}, "needs text, an image, or both"),
+        ],
+    )
+    def test_what_cannot_be_used_is_named(self, serve, engine, document, reason):
+        response = post(serve(), documents=["1", document])
+        assert response.status_code == 400 and response.json()["message"].startswith("document 1")
+        assert reason in response.json()["message"] and not engine.turns
+
+    def test_a_picture_beyond_the_limit(self, serve, picture):
+        response = post(serve(limits=Limits(max_pixels=5000)), documents=["1", {"image": data_url(picture(100, 80))}])
+        assert response.status_code == 400 and "limit of 5,000" in response.json()["message"]
+
+    def test_files_below_the_folder_that_is_allowed_and_no_others(self, serve, picture, tmp_path, engine):
+        folder = tmp_path / "allowed"
+        folder.mkdir()
+        picture().save(folder / "a.png")
+        picture().save(tmp_path / "secret.png")
+        (folder / "link.png").symlink_to(tmp_path / "secret.png")
+        server = serve(limits=Limits(image_root=folder))
+        assert len(order(post(server, documents=["1", {"image": "a.png", "text": "2"}]))) == 2
+        for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "a\0.png", "http://x/a.png"):
+            refused = post(server, documents=["1", {"image": name}])
+            assert refused.status_code == 400, name
+        assert post(server, documents=["1", {"image": "missing.png"}]).status_code == 400
+
+
+class TestLimits:
+    def test_documents(self, serve):
+        response = post(serve(limits=Limits(max_documents=2)))
+        assert response.status_code == 400 and "3 documents are more than the 2 allowed" in response.json()["message"]
+
+    def test_bytes_declared_and_sent_in_pieces(self, serve):
+        server = serve(limits=Limits(max_bytes=1000))
+        assert post(server, query="x" * 2000).status_code == 413
+
+        def pieces():
+            for _ in range(20):
+                yield b"x" * 100
+
+        response = httpx.post(server.url + "/v1/rerank", content=pieces())
+        assert response.status_code == 413 and "1,000 bytes" in response.json()["message"]
+
+    def test_without_the_key_nothing_is_read(self, serve):
+        server = serve(api_key="k", limits=Limits(max_bytes=10))
+        assert post(server).status_code == 401
+        assert post(server, headers={"Authorization": "Bearer wrong"}).status_code == 401
+        assert post(server, headers={"Authorization": "Bearer k"}).status_code == 413
+        assert httpx.get(server.url + "/health").status_code == 200
+
+    def test_a_full_house_is_told_to_come_again(self, serve, engine):
+        server = serve(limits=Limits(max_requests=2))
+        engine.go.clear()
+        with ThreadPoolExecutor(2) as pool:
+            taken = [pool.submit(post, server) for _ in range(2)]
+            wait_for(lambda: metric(server, "vretrver_requests_here") == 2)
+            refused = post(server)
+            assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+            engine.go.set()
+            assert [order(future.result()) for future in taken] == [ORDER] * 2
+        assert order(post(server)) == ORDER
+
+    def test_a_ranking_that_takes_too_long_is_stopped(self, serve, engine):
+        server = serve(limits=Limits(seconds=0.3))
+        engine.go.clear()
+        response = post(server)
+        assert response.status_code == 504 and "within 0.3 s" in response.json()["message"]
+        engine.go.set()
+        wait_for(lambda: metric(server, "vretrver_requests_here") == 0)
+        assert not engine._open and order(post(server)) == ORDER
+
+    def test_a_client_that_goes_takes_its_ranking_along(self, serve, engine):
+        server = serve()
+        engine.go.clear()
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(server.url + "/v1/rerank", json={"query": "q", "documents": DOCUMENTS}, timeout=0.3)
+        time.sleep(1)  # longer than the server looks away
+        engine.go.set()
+        wait_for(lambda: metric(server, "vretrver_requests_here") == 0)
+        assert not engine._open and metric(server, 'vretrver_requests_total{status="499"}') == 1
+
+    @pytest.mark.parametrize("name", ["max_documents", "max_bytes", "max_pixels", "max_requests", "seconds"])
+    def test_no_limit_may_be_nothing(self, name):
+        with pytest.raises(ValueError, match=f"{name} must be positive"):
+            Limits(**{name: 0})
+
+
+class TestRequests:
+    @pytest.mark.parametrize(
+        ("body", "reason"),
+        [
+            ({"documents": DOCUMENTS}, "query"),
+            ({"query": "q"}, "documents"),
+            ({"query": "q", "documents": "one"}, "documents"),
+            ({"query": "q", "documents": [1]}, "documents.0"),
+            ({"query": "q", "documents": [], "top_n": 0}, "top_n"),
+        ],
+    )
+    def test_a_malformed_request_names_the_field_and_repeats_nothing(self, serve, body, reason):
+        response = httpx.post(serve().url + "/v1/rerank", json={**body, "note": "SECRET"})
+        assert response.status_code == 422 and reason in response.json()["message"]
+        assert "SECRET" not in response.text
+
+    def test_no_json(self, serve):
+        response = httpx.post(serve().url + "/v1/rerank", content=b"{", headers={"Content-Type": "application/json"})
+        assert response.status_code == 422 and "message" in response.json()
+
+    @pytest.mark.parametrize("query", ["", " ", {}])
+    def test_no_query(self, serve, query):
+        response = post(serve(), query=query)
+        assert response.status_code == 400 and response.json()["message"].startswith("query: ")
+
+    @pytest.mark.parametrize("documents", [[], ["1"]])
+    def test_nothing_to_compare_costs_no_model_call(self, serve, engine, documents):
+        assert order(post(serve(), documents=documents)) == list(range(len(documents))) and not engine.turns
+
+    def test_scores_are_ordinal(self, serve):
+        scores = [result["relevance_score"] for result in post(serve(), documents=list("1234")).json()["results"]]
+        assert scores == [1.0, 0.75, 0.5, 0.25]
+
+    def test_evidence_on_request(self, serve, picture):
+        documents = [{"text": "3", "image": data_url(picture())}, {"text": "7"}]
+        server = serve()
+        (window,) = post(server, query="look", documents=documents, evidence=True).json()["evidence"]
+        assert window["documents"] == [0, 1] and window["order"] == [1, 0] and window["status"] == "ok"
+        call, seen, answer = window["turns"]
+        assert call["thought"] == "closer" and call["call"]["name"] == "select_images" and call["valid"]
+        assert seen["role"] == "observation" and seen["images"][0]["index"] == 1
+        assert answer["thought"] == "by size"
+        assert "evidence" not in post(server, documents=documents).json()
+
+    def test_many_windows(self, serve):
+        documents = [str((i * 37) % 50) for i in range(50)]
+        ranked = order(post(serve(), documents=documents))
+        assert sorted(ranked) == list(range(50)) and [int(documents[i]) for i in ranked[:3]] == [49, 48, 47]
+
+
+class TestConcurrency:
+    def test_requests_share_the_batch_and_get_their_own_answers(self, serve, engine):
+        server = serve()
+        engine.go.clear()
+        bodies = [[str((i * 7 + j * 3) % 11 + 11 * j) for j in range(3 + i % 4)] for i in range(12)]
+        with ThreadPoolExecutor(12) as pool:
+            futures = [pool.submit(post, server, documents=documents) for documents in bodies]
+            wait_for(lambda: metric(server, "vretrver_requests_here") == 12)
+            engine.go.set()
+            for documents, future in zip(bodies, futures, strict=True):
+                assert order(future.result()) == sorted(range(len(documents)), key=lambda i: -int(documents[i]))
+        assert engine.most_open == 4
+
+    def test_an_engine_that_fails_costs_what_was_under_way_and_nothing_else(self, serve, engine):
+        server = serve()
+        response = post(server, query="crash")
+        assert response.status_code == 502 and "out of memory" in response.json()["message"]
+        assert not engine._open and order(post(server)) == ORDER
+
+    def test_shutting_down_finishes_what_was_taken(self, serve, engine):
+        server = serve()
+        engine.go.clear()
+        with ThreadPoolExecutor(6) as pool:
+            futures = [pool.submit(post, server) for _ in range(6)]
+            wait_for(lambda: metric(server, "vretrver_requests_here") == 6)
+            server.stop()
+            wait_for(lambda: refuses(server))
+            engine.go.set()
+            assert [order(future.result()) for future in futures] == [ORDER] * 6
+
+
+class TestMetrics:
+    def test_what_happened_is_counted(self, serve, picture):
+        server = serve()
+        post(server)
+        post(server, query="look", documents=[{"text": "3", "image": data_url(picture())}, {"text": "7"}])
+        post(server, model="none")
+        assert metric(server, 'vretrver_requests_total{status="200"}') == 2
+        assert metric(server, 'vretrver_requests_total{status="404"}') == 1
+        assert metric(server, 'vretrver_rankings_total{status="ok"}') == 2
+        assert metric(server, "vretrver_documents_total") == 5 and metric(server, "vretrver_tool_calls_total") == 1
+        assert metric(server, "vretrver_request_seconds_count") == 3 and metric(server, "vretrver_tokens_total") > 0
+
+
+def metric(server, name: str) -> float:
+    text = httpx.get(server.url + "/metrics").text
+    (line,) = [line for line in text.splitlines() if line.startswith(name + " ")] or [f"{name} 0"]
+    return float(line.rpartition(" ")[2])
+
+
+def wait_for(condition, seconds: float = 20) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "it never came"
+        time.sleep(0.02)
+
+
+def refuses(server) -> bool:
+    """Whether new connections find nobody."""
+    parts = urlsplit(server.url)
+    try:
+        with socket.create_connection((parts.hostname, parts.port), timeout=1) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            return connection.recv(1) == b""
+    except OSError:
+        return True
+
+
+def test_evidence_is_json(serve):
+    assert json.dumps(post(serve(), evidence=True).json())

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from vretrver_hf.vision import PictureFeatures, batched_attention
+
+
+@pytest.fixture
+def tower(model):
+    return model.model.visual
+
+
+@pytest.fixture
+def image_processor(processor):
+    return processor.image_processor
+
+
+def pictures(picture, factor: int, *sizes: tuple[int, int]) -> list[Image.Image]:
+    return [picture(width * factor, height * factor) for width, height in sizes]
+
+
+def run(tower, image_processor, images):
+    inputs = image_processor(images, do_resize=False, return_tensors="pt")
+    with torch.no_grad():
+        return tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(3, 2)],
+        [(3, 2)] * 4,  # all alike: one batch
+        [(3, 2), (2, 3), (5, 5), (3, 2), (1, 1)],  # equal areas of other shapes; windows of several sizes
+    ],
+)
+def test_batches_are_the_towers_own_forward(tower, image_processor, encoder, picture, sizes):
+    images = pictures(picture, encoder.factor, *sizes)
+    expected = run(tower, image_processor, images)
+    with batched_attention(tower):
+        found = run(tower, image_processor, images)
+    torch.testing.assert_close(found.pooler_output, expected.pooler_output, atol=2e-5, rtol=1e-5)
+    for mine, theirs in zip(
+        getattr(found, "deepstack_features", None) or [],
+        getattr(expected, "deepstack_features", None) or [],
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-5)
+
+
+def test_a_hook_of_somebody_elses_stays_in_force(tower, image_processor, encoder, picture):
+    attention = tower.blocks[0].attn
+    heard, original = [], attention.forward
+    attention.forward = lambda *args, **kwargs: heard.append(1) or original(*args, **kwargs)
+    with batched_attention(tower):
+        run(tower, image_processor, pictures(picture, encoder.factor, (2, 2)))
+    del attention.forward
+    assert heard == [1] and not any("forward" in vars(block.attn) for block in tower.blocks)
+
+
+def shown(features: PictureFeatures, images):
+    with torch.no_grad(), features.shown(images) as inputs:
+        return features._tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+
+
+def test_each_picture_passes_the_tower_once(tower, image_processor, encoder, picture):
+    features = PictureFeatures(tower, image_processor)
+    a, b, c = pictures(picture, encoder.factor, (3, 2), (2, 2), (3, 2))
+    for images in ([a, b], [b, c, b], [a.copy(), c]):
+        expected = run(tower, image_processor, images)
+        found = shown(features, images)
+        assert type(found) is type(expected)
+        torch.testing.assert_close(found.pooler_output, expected.pooler_output, atol=2e-5, rtol=1e-5)
+    assert (features.num_computed, features.num_recalled) == (3, 4)
+    assert "forward" not in vars(tower)
+
+
+def test_equal_bytes_of_another_shape_are_another_picture(tower, image_processor, encoder):
+    features = PictureFeatures(tower, image_processor)
+    wide, high = (Image.new("RGB", (w * encoder.factor, h * encoder.factor), "red") for w, h in ((4, 2), (2, 4)))
+    for image in (wide, high):
+        expected = run(tower, image_processor, [image]).pooler_output
+        torch.testing.assert_close(shown(features, [image]).pooler_output, expected, atol=2e-5, rtol=1e-5)
+    assert features.num_computed == 2
+
+
+def test_memory_is_bounded_and_the_oldest_go_first(tower, image_processor, encoder, picture):
+    features = PictureFeatures(tower, image_processor)
+    a, b, c = pictures(picture, encoder.factor, (2, 2), (2, 2), (2, 2))
+    shown(features, [a])
+    features.max_bytes = 2 * features._bytes
+    shown(features, [b])
+    shown(features, [a])
+    shown(features, [c])  # b was not used for longest
+    assert features._bytes <= features.max_bytes and features.num_computed == 3
+    shown(features, [a])
+    assert features.num_computed == 3
+    shown(features, [b])
+    assert features.num_computed == 4
+
+
+def test_without_memory_nothing_is_kept_and_everything_works(tower, image_processor, encoder, picture):
+    features = PictureFeatures(tower, image_processor, max_bytes=0)
+    (image,) = pictures(picture, encoder.factor, (2, 2))
+    for _ in range(2):
+        expected = run(tower, image_processor, [image, image]).pooler_output
+        torch.testing.assert_close(shown(features, [image, image]).pooler_output, expected, atol=2e-5, rtol=1e-5)
+    assert features.num_computed == 2 and features._bytes == 0

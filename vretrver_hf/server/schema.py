@@ -1,0 +1,146 @@
+"""Requests and responses of `/v1/rerank`."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..images import ItemError, is_data_url, is_url
+from ..items import Item
+from ..ranking import Ranking
+from .limits import Limits
+
+
+class Document(BaseModel):
+    """
+    A query or a document: `text`, `image` (a data URL), or both; or `content`, as vLLM's clients send it, a list of
+    `{"type": "text", "text": …}` and one `{"type": "image_url", "image_url": {"url": …}}`.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    text: str | None = None
+    image: str | None = None
+    content: list[dict[str, Any]] | None = None
+
+
+class RerankRequest(BaseModel):
+    """
+    What clients send. Fields that other services know and this one does not are ignored.
+
+    `evidence` asks for what the model thought, called and saw.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str = "default"
+    query: str | Document
+    documents: list[str | Document]
+    top_n: int | None = Field(default=None, ge=1)
+    return_documents: bool = False
+    evidence: bool = False
+
+
+def item_of(value: str | Document, name: str, limits: Limits) -> Item:
+    """
+    The item that a query or document stands for. A string is text, unless it is a data URL of a picture.
+
+    Raises:
+        `ItemError`: naming the document and what is wrong with it.
+    """
+    if isinstance(value, str):
+        value = Document(image=value) if is_data_url(value) else Document(text=value)
+    try:
+        text, image = _parts(value)
+        if image is not None and not is_data_url(image):
+            image = _file(image, limits)
+        return Item(text=text, image=image)
+    except ItemError as error:
+        raise ItemError(f"{name}: {error}") from None
+
+
+def response_of(request: RerankRequest, ranking: Ranking) -> dict[str, Any]:
+    """
+    The ranking, best first. `relevance_score` is 1 − place/n: a listwise ranking has an order and no other score.
+    """
+    count = len(ranking.order)
+    results = []
+    for place, index in enumerate(ranking.order[: request.top_n]):
+        result: dict[str, Any] = {"index": index, "relevance_score": 1 - place / count}
+        if request.return_documents:
+            document = request.documents[index]
+            result["document"] = {"text": document} if isinstance(document, str) else document.model_dump()
+        results.append(result)
+    response = {
+        "id": f"rerank-{uuid.uuid4().hex}",
+        "model": request.model,
+        "results": results,
+        "status": ranking.status,
+        "usage": {"total_tokens": ranking.num_tokens},
+        "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
+    }
+    if request.evidence:
+        response["evidence"] = evidence_of(ranking)
+    return response
+
+
+def evidence_of(ranking: Ranking) -> list[dict[str, Any]]:
+    """
+    What happened in each window: which documents it showed, and every thought, call and observation. The pictures that
+    the model saw are given as references: image number in the window (0 is the query's), region, and size.
+    """
+    windows = []
+    for trajectory in ranking.trajectories:
+        turns = [
+            {
+                "role": turn.role,
+                "text": turn.text,
+                "thought": turn.thought,
+                "call": turn.call,
+                "valid": turn.valid,
+                "problem": turn.problem,
+                "images": [ref.to_dict() for ref in turn.images],
+            }
+            for turn in trajectory.turns[1:]
+        ]
+        windows.append(
+            {
+                "documents": trajectory.candidate_indices,
+                "order": [trajectory.candidate_indices[place] for place in trajectory.order],
+                "status": trajectory.status,
+                "problems": trajectory.problems,
+                "turns": turns,
+            }
+        )
+    return windows
+
+
+def _parts(document: Document) -> tuple[str | None, str | None]:
+    texts = [] if document.text is None else [document.text]
+    images = [] if document.image is None else [document.image]
+    for block in document.content or []:
+        if block.get("type") == "text" and isinstance(block.get("text"), str):
+            texts.append(block["text"])
+        elif block.get("type") == "image_url" and isinstance(block.get("image_url"), dict):
+            images.append(str(block["image_url"].get("url")))
+        else:
+            raise ItemError("its content must hold blocks of type text or image_url")
+    if len(images) > 1:
+        raise ItemError(f"it has {len(images)} images, and an item has at most one")
+    return "\n".join(texts) or None, images[0] if images else None
+
+
+def _file(name: str, limits: Limits) -> Any:
+    """A picture file that the operator allowed."""
+    if limits.image_root is None or is_url(name):
+        raise ItemError("its image must be a data: URL; this server fetches no URLs and reads no files of that name")
+    root = limits.image_root.resolve()
+    try:
+        path = (root / name).resolve()
+    except (OSError, ValueError):
+        path = root.parent
+    if not path.is_relative_to(root):
+        raise ItemError("its image lies outside of the folder that this server reads pictures from")
+    return path

@@ -1,0 +1,191 @@
+"""The vision tower on many pictures: pieces of equal length attend as one batch, and each picture passes once."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
+from .images import picture_id
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def attend(attention: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """
+    Attention of a Qwen-VL vision tower on pieces of equal length, each within itself.
+
+    Args:
+        attention (`nn.Module`):
+            `block.attn` of the tower.
+        hidden (`Tensor`):
+            (pieces, patches, width).
+        rotation (`tuple[Tensor, Tensor]`):
+            Cosines and sines of the patches' places, (patches, size of a head) or one such table a piece.
+
+    Returns:
+        `Tensor`: (pieces, patches, width).
+    """
+    count, patches, width = hidden.shape
+    query, key, value = attention.qkv(hidden).view(count, patches, 3, attention.num_heads, -1).unbind(2)
+    query, key = apply_rotary_pos_emb_vision(query, key, *rotation)
+    mixed = functional.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return attention.proj(mixed.transpose(1, 2).reshape(count, patches, width))
+
+
+@contextlib.contextmanager
+def batched_attention(tower: nn.Module) -> Iterator[None]:
+    """
+    While the context lasts, pictures (or windows of them) of equal length attend as one batch.
+
+    transformers' `sdpa` goes through them one by one, in every layer. Other implementations are left as they are.
+
+    Args:
+        tower (`nn.Module`):
+            `model.model.visual` of a Qwen2.5-VL or Qwen3-VL model.
+    """
+    modules = [block.attn for block in tower.blocks] if tower.config._attn_implementation == "sdpa" else []
+    modules = [module for module in modules if "forward" not in vars(module)]  # somebody's hook stays in force
+    for module in modules:
+        module.forward = partial(_attend_in_groups, module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+class PictureFeatures:
+    """
+    Features of pictures, each computed once: a picture comes again in a later turn, window or query.
+
+    Pictures are told apart by their pixels; those that were not used for longest are forgotten first. It must be made
+    anew when the tower's weights change.
+
+    Args:
+        tower (`nn.Module`):
+            `model.model.visual` of a Qwen2.5-VL or Qwen3-VL model.
+        image_processor (`BaseImageProcessor`):
+            That of the model. Pictures come at their final size and are not resized.
+        max_bytes (`int`, *optional*, defaults to 1 GiB):
+            Most memory for features that are kept, on the model's device; 0 keeps none.
+
+    Attributes:
+        num_computed (`int`):
+            Pictures that passed the tower.
+        num_recalled (`int`):
+            Pictures that did not have to.
+    """
+
+    def __init__(self, tower: nn.Module, image_processor: Any, max_bytes: int = 2**30):
+        self.num_computed = 0
+        self.num_recalled = 0
+        self.max_bytes = max_bytes
+        self._tower = tower
+        self._image_processor = image_processor
+        self._known: collections.OrderedDict[str, list[Tensor]] = collections.OrderedDict()
+        self._bytes = 0
+        self._output: type | None = None
+
+    @contextlib.contextmanager
+    def shown(self, images: Sequence[Image.Image]) -> Iterator[dict[str, Tensor]]:
+        """
+        Gives the model's inputs for these pictures. While the context lasts, the tower answers with their features
+        whatever it is given, and computes nothing.
+        """
+        if not images:
+            yield {}
+            return
+        features = self._features(images)
+        grid = picture_grid(images, self._image_processor)
+        original = vars(self._tower).get("forward")
+        self._tower.forward = lambda *args, **kwargs: join_features(features, self._output)
+        try:
+            yield {"pixel_values": torch.empty(0), "image_grid_thw": grid}
+        finally:
+            if original is None:
+                del self._tower.forward
+            else:
+                self._tower.forward = original
+
+    def _features(self, images: Sequence[Image.Image]) -> list[list[Tensor]]:
+        keys = [picture_id(image) for image in images]
+        missing = {key: image for key, image in zip(keys, images, strict=True) if key not in self._known}
+        fresh = dict(zip(missing, self._compute(list(missing.values())), strict=True)) if missing else {}
+        self.num_computed += len(missing)
+        self.num_recalled += len(images) - len(missing)
+        found = [fresh[key] if key in fresh else self._known[key] for key in keys]
+        self._remember(dict(zip(keys, found, strict=True)))
+        return found
+
+    def _compute(self, images: list[Image.Image]) -> list[list[Tensor]]:
+        inputs = self._image_processor(images, do_resize=False, return_tensors="pt")
+        weight = next(self._tower.parameters())
+        pixels, grid = inputs["pixel_values"].to(weight.device, weight.dtype), inputs["image_grid_thw"]
+        with batched_attention(self._tower):
+            output = self._tower(pixels, grid_thw=grid.to(weight.device))
+        self._output = type(output)
+        merged = self._tower.spatial_merge_size**2
+        parts = split_features(output, [size // merged for size in grid.prod(-1).tolist()])
+        # Copies, since a view would hold the memory of all pictures that were computed with it.
+        return [[part.clone() for part in picture] for picture in parts]
+
+    def _remember(self, features: dict[str, list[Tensor]]) -> None:
+        for key, parts in features.items():
+            if key not in self._known:
+                self._known[key] = parts
+                self._bytes += _size(parts)
+            self._known.move_to_end(key)
+        while self._bytes > self.max_bytes:
+            self._bytes -= _size(self._known.popitem(last=False)[1])
+
+
+def picture_grid(images: Sequence[Image.Image], image_processor: Any) -> Tensor:
+    """`image_grid_thw` of pictures that are not resized: frames, and patches down and across."""
+    patch = image_processor.patch_size
+    return torch.tensor([[1, image.height // patch, image.width // patch] for image in images])
+
+
+def split_features(output: Any, tokens: Sequence[int]) -> list[list[Tensor]]:
+    """What the tower returned, picture by picture: its features, and those for deeper layers if there are any."""
+    deepstack = getattr(output, "deepstack_features", None) or []
+    columns = [part.split(list(tokens)) for part in [output.pooler_output, *deepstack]]
+    return [list(parts) for parts in zip(*columns, strict=True)]
+
+
+def join_features(pictures: Sequence[Sequence[Tensor]], output: type) -> Any:
+    """The inverse of [`split_features`], as the tower's own `output` type."""
+    pooled, *deepstack = (torch.cat(parts) for parts in zip(*pictures, strict=True))
+    return output(pooler_output=pooled, **({"deepstack_features": deepstack} if deepstack else {}))
+
+
+def _attend_in_groups(
+    attention: nn.Module, hidden: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
+) -> Tensor:
+    """In place of the module's own `forward`, which takes pieces of different lengths in one row."""
+    cos, sin = position_embeddings
+    lengths = cu_seqlens.diff()
+    distinct = lengths.unique().tolist()
+    if len(distinct) == 1:
+        shape = (len(lengths), distinct[0])
+        rotation = cos.view(*shape, -1), sin.view(*shape, -1)
+        return attend(attention, hidden.view(*shape, -1), rotation).flatten(0, 1)
+    mixed = torch.empty_like(hidden)
+    for length in distinct:
+        starts = cu_seqlens[:-1][lengths == length]
+        rows = starts[:, None] + torch.arange(length, device=hidden.device)
+        mixed[rows] = attend(attention, hidden[rows], (cos[rows], sin[rows]))
+    return mixed
+
+
+def _size(parts: Sequence[Tensor]) -> int:
+    return sum(part.nbytes for part in parts)
