@@ -237,7 +237,7 @@ class TestTraining:
         on_first_inputs(trainer)
         shown = ["<tools>" in trainer.encoder.tokenizer.decode(ids) for ids in trainer.generated[0]]
         assert shown == [True, True, False, False]
-        assert [environment._facts([]).tools for environment in trainer.environments] == shown
+        assert [environment.facts.tools for environment in trainer.environments] == shown
 
     def test_all_may_play_without_tools(self, picture, scripts, tmp_path):
         scripts |= dict.fromkeys(range(4), [ANSWER])

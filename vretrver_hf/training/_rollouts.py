@@ -48,7 +48,8 @@ class RecordedEnvironment(RerankEnvironment):
         self.trajectory = None
         return marked_text(example.task(self.preset).messages()[-1]["content"])
 
-    def _facts(self, completion: Sequence[dict[str, Any]]) -> RolloutFacts:
+    @property
+    def facts(self) -> RolloutFacts:
         return RolloutFacts(
             completion=self.trajectory.completion,
             positives=[index + 1 for index in self.example.positives],

@@ -26,12 +26,7 @@ from trl.models import unwrap_model_for_generation
 from ..data.examples import load_examples
 from ..engines.base import Sampling
 from ..engines.transformers import TransformersEngine
-from ..environment import (
-    RerankEnvironment,
-    environment_reward,
-    prepare_processor,
-    training_dataset,
-)
+from ..environment import RerankEnvironment, prepare_processor, training_dataset
 from ..protocol import Preset, get_preset
 from ..rewards import EvidenceReward
 from ..trajectory import write_jsonl
@@ -239,9 +234,7 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
             args.generation_kwargs = {**limits, **(args.generation_kwargs or {})}
         super().__init__(
             model=model,
-            reward_funcs=[
-                environment_reward(reward) if isinstance(reward, EvidenceReward) else reward for reward in rewards
-            ],
+            reward_funcs=rewards,
             args=args,
             train_dataset=None if train_dataset is None else training_dataset(train_dataset, self.preset),
             eval_dataset=None if eval_dataset is None else training_dataset(eval_dataset, self.preset),
