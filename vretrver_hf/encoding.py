@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import chat_templates
-from .images import ImageRef, fit_size
+from .images import MAX_IMAGE_TOKENS, MIN_IMAGE_TOKENS, ImageRef, fit_size
 from .protocol import image_numbers
 from .tools import Observation
 
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
     from .protocol import Preset
-
-MIN_IMAGE_TOKENS = 4
-MAX_IMAGE_TOKENS = 5120
-"""The released limits of one picture, in image tokens."""
 
 
 @dataclasses.dataclass
@@ -47,6 +43,15 @@ class Encoded:
     images: list[Image.Image]
     refs: list[ImageRef]
     text: str
+
+
+def overview_size(size: tuple[int, int], preset: Preset, factor: int) -> tuple[int, int]:
+    """
+    Width and height, in pixels, that a picture of `size` has in the prompt of a model whose image tokens cover squares
+    of `factor` pixels.
+    """
+    limit = preset.overview_pixels or preset.inspect_pixels or MAX_IMAGE_TOKENS * factor**2
+    return fit_size(*size, factor=factor, min_pixels=min(MIN_IMAGE_TOKENS * factor**2, limit), max_pixels=limit)
 
 
 class Encoder:
@@ -112,9 +117,7 @@ class Encoder:
 
     def overview_size(self, size: tuple[int, int], preset: Preset) -> tuple[int, int]:
         """Width and height, in pixels, that a picture of `size` has in the prompt."""
-        limit = preset.overview_pixels or preset.inspect_pixels or MAX_IMAGE_TOKENS * self.factor**2
-        least = min(MIN_IMAGE_TOKENS * self.factor**2, limit)
-        return fit_size(*size, factor=self.factor, min_pixels=least, max_pixels=limit)
+        return overview_size(size, preset, self.factor)
 
     def image_tokens(self, ref: ImageRef) -> int:
         """Number of pads that a picture takes."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .encoding import MAX_IMAGE_TOKENS, Encoder
-from .images import MAX_ASPECT, ImageRef, ItemError
+from .encoding import Encoder
+from .images import MAX_ASPECT, MAX_IMAGE_TOKENS, ImageRef, ItemError
 from .protocol import IMAGE_MARK, Preset, get_preset, last_word
 from .rewards import RolloutFacts
 from .tools import Observation, VisualTools

@@ -23,7 +23,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..images import ImageRef, fit_size, load_image
+from ..encoding import overview_size
+from ..images import ImageRef, load_image
 from ..journal import Journal
 from ..parsing import parse_ranking, parse_turn
 from ..protocol import IMAGE_MARK, Preset, format_answer, format_call, format_turn
@@ -345,7 +346,9 @@ class _Talk:
         self._tools = VisualTools(self._images[0], self._images[1:], preset=preset, factor=factor)
         self._calls_left = preset.max_calls
         prompt = example.task(preset).messages()
-        refs = [_overview(number, self._images[number], preset, factor) for number in _numbers(prompt)]
+        refs = [
+            ImageRef(number, *overview_size(self._images[number].size, preset, factor)) for number in _numbers(prompt)
+        ]
         self.trajectory = Trajectory(
             query_id=example.query_id,
             num_candidates=len(example.candidates),
@@ -478,13 +481,6 @@ def _written_call(call: Any) -> str:
 def _until(text: str, mark: str) -> str:
     before, end, _ = text.partition(mark)
     return before + end
-
-
-def _overview(number: int, image: Any, preset: Preset, factor: int) -> ImageRef:
-    """The picture as the student's prompt shows it; see `Encoder.overview_size`."""
-    limit = preset.overview_pixels or preset.inspect_pixels or 5120 * factor**2
-    size = fit_size(*image.size, factor=factor, min_pixels=min(4 * factor**2, limit), max_pixels=limit)
-    return ImageRef(number, *size)
 
 
 def _numbers(messages: Iterable[dict[str, Any]]) -> list[int]:
