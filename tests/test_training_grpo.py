@@ -429,6 +429,22 @@ class TestChance:
             torch.testing.assert_close(weight, other_weights[name], atol=2e-5, rtol=1e-4)
 
 
+class TestPictures:
+    def test_a_group_shares_the_pictures_of_its_prompt(self, family, picture):
+        encoder = prepare_processor(make_processor(family), family, PRESET)
+        examples = [make_example(picture, name) for name in "ab"]
+        tasks = [example.task(PRESET, sample=number) for example in examples for number in range(4)]
+        engine = ScriptedEngine(encoder, lambda query_id, turn: [CROP, ANSWER][turn])
+        rollouts = play_rollouts(engine, tasks, Sampling(max_turn_tokens=400), 10_000)
+        shown = [rollout.images[: len(rollout.trajectory.turns[0].images)] for rollout in rollouts]
+        for first, *others in (shown[:4], shown[4:]):
+            assert all(a is b for other in others for a, b in zip(first, other, strict=True))
+        task = tasks[0]
+        images = [item.load_image() for item in task.candidates if item.image is not None]
+        right = [ref.render(image) for ref, image in zip(rollouts[0].trajectory.turns[0].images, images, strict=True)]
+        assert [image.tobytes() for image in shown[0]] == [image.tobytes() for image in right]
+
+
 class TestCutting:
     @pytest.fixture(scope="class")
     @staticmethod

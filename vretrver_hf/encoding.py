@@ -83,7 +83,11 @@ class Encoder:
         ]
 
     def prompt(
-        self, messages: Sequence[dict[str, Any]], load_image: Callable[[int], Image.Image], preset: Preset
+        self,
+        messages: Sequence[dict[str, Any]],
+        load_image: Callable[[int], Image.Image],
+        preset: Preset,
+        render: Callable[[ImageRef, Image.Image], Image.Image] = ImageRef.render,
     ) -> Encoded:
         """
         The opening of a conversation, up to where the model begins to write.
@@ -95,13 +99,15 @@ class Encoder:
                 Gives the picture of an image number, in its original size.
             preset (`Preset`):
                 Says how many pixels a picture in the prompt may have.
+            render (`Callable[[ImageRef, PIL.Image.Image], PIL.Image.Image]`, *optional*):
+                Gives a picture at the size the model sees, from the original.
         """
         refs, images = [], []
         for number in image_numbers(messages):
             original = load_image(number)
             width, height = self.overview_size(original.size, preset)
             refs.append(ImageRef(index=number, width=width, height=height))
-            images.append(refs[-1].render(original))
+            images.append(render(refs[-1], original))
         return self._encode(self._render(messages, add_generation_prompt=True), images, refs)
 
     def observation(self, observation: Observation) -> Encoded:
