@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -648,6 +649,22 @@ class TestVLLM:
         trainer.vllm_mode, trainer._tower_is_trained = "colocate", False
         told, _ = self.turn(trainer)
         assert [entry for entry in told if isinstance(entry, str)] == ["sync"]
+
+    def test_pictures_keep_the_size_that_the_protocol_gave_them(self):
+        llm = grpo.SizedLLM(self.Recorder(), {"shortest_edge": 784, "longest_edge": 156_800})
+        llm.generate([{"prompt_token_ids": [1], "multi_modal_data": {"image": "a"}}, {"prompt_token_ids": [2]}])
+        limits = {"min_pixels": 784, "max_pixels": 156_800}
+        shown = {"prompt_token_ids": [1], "multi_modal_data": {"image": "a"}, "mm_processor_kwargs": limits}
+        assert llm.told == [[shown, {"prompt_token_ids": [2]}]]
+
+    @pytest.mark.parametrize(
+        ("least", "most", "fits"), [(4, 5120, True), (1, 9999, True), (64, 5120, False), (4, 1280, False)]
+    )
+    def test_a_server_that_would_resize_pictures_is_refused(self, family, least, most, fits):
+        encoder, preset = prepare_processor(make_processor(family), family, "release"), get_preset("release")
+        size = {"shortest_edge": least * encoder.factor**2, "longest_edge": most * encoder.factor**2}
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="would resize the protocol's"):
+            grpo._check_limits(size, preset, encoder)
 
     @given(st.lists(st.integers(0, 3), max_size=40))
     def test_collapsing_leaves_no_neighbours_and_loses_nothing_else(self, ids):
