@@ -10,7 +10,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from vretrver_hf import Item
 from vretrver_hf.data.examples import RerankExample
-from vretrver_hf.environment import RerankEnvironment, environment_reward, stock_arguments, training_dataset
+from vretrver_hf.environment import RerankEnvironment, stock_arguments, training_dataset
 from vretrver_hf.protocol import format_answer, format_call, format_turn, get_preset
 from vretrver_hf.rewards import EvidenceReward
 
@@ -79,7 +79,7 @@ def scripted_trainer(family, prepared, examples, scripts, output_dir, **argument
     }
     return ScriptedTrainer(
         make_model(family, processor),
-        reward_funcs=environment_reward(EvidenceReward("paper")),
+        reward_funcs=EvidenceReward("paper"),
         args=GRPOConfig(str(output_dir), **settings),
         train_dataset=training_dataset(examples, PRESET),
         processing_class=processor,

@@ -13,12 +13,7 @@ from transformers.utils import get_json_schema
 from vretrver_hf import Item
 from vretrver_hf.agent import play
 from vretrver_hf.data.examples import RerankExample
-from vretrver_hf.environment import (
-    RerankEnvironment,
-    environment_reward,
-    prepare_processor,
-    training_dataset,
-)
+from vretrver_hf.environment import RerankEnvironment, prepare_processor, training_dataset
 from vretrver_hf.images import fit_size
 from vretrver_hf.protocol import get_preset, last_word
 from vretrver_hf.rewards import EvidenceReward
@@ -86,11 +81,11 @@ class TestEnvironment:
         assert not pictures(environment.reset(example=broken)) and environment.error.startswith("candidate 1")
         assert not pictures(environment.select_images(target_images=[1]))
         completion = [{"role": "assistant", "content": ANSWER}]
-        (paid,) = environment_reward(EvidenceReward("paper"))([], [completion], [environment])
+        (paid,) = EvidenceReward("paper")([], [completion], environments=[environment])
         assert paid == 0.0
         environment.reset(example=example)
         assert environment.error is None
-        (paid,) = environment_reward(EvidenceReward("paper"))([], [completion], [environment])
+        (paid,) = EvidenceReward("paper")([], [completion], environments=[environment])
         assert paid == pytest.approx(1.0)  # format 0.2, rank 0.8, no call
 
     def test_has_exactly_two_tools(self, environment):
@@ -116,7 +111,7 @@ class TestEnvironment:
             },
             {"role": "assistant", "content": ANSWER},
         ]
-        (paid,) = environment_reward(EvidenceReward("paper"))([], [completion], [environment])
+        (paid,) = EvidenceReward("paper")([], [completion], environments=[environment])
         assert paid == pytest.approx(1.2)  # format 0.2, rank 0.8, a call and the best rank 0.2
 
 

@@ -476,24 +476,14 @@ class TestAsRewardFunction:
         assert log.metrics["evidence/repeated_tokens"] == 0.5
 
 
-class AsMethod:
-    def __init__(self, facts):
-        self._facts = facts
-
-    def facts(self):
-        return self._facts
-
-
-class AsProperty(AsMethod):
-    @property
-    def facts(self):
-        return self._facts
+@dataclasses.dataclass
+class Environment:
+    facts: RolloutFacts
 
 
 class TestEnvironments:
-    @pytest.mark.parametrize("environment", [AsMethod, AsProperty])
-    def test_facts_of_environments(self, environment):
-        environments = [environment(rollout(1, 1)), environment(rollout(2, 3))]
+    def test_facts_of_environments(self):
+        environments = [Environment(rollout(1, 1)), Environment(rollout(2, 3))]
         totals = EvidenceReward()(["p"] * 2, [[], []], environments=environments)
         assert totals == pytest.approx([1.2, 0.2 + 0.8 * RANK_TERM[2] - 0.2])
 
@@ -519,9 +509,8 @@ class TestEnvironments:
         turns = [tokenizer.encode(f"{text}<|im_end|>") for text in (turn, answer(1))]
         messages = [parse_response(tokenizer, ids, prefix=prefix) for ids in turns]
         messages.insert(1, {"role": "tool", "content": [{"type": "text", "text": "Image 2: <answer>[1]</answer>"}]})
-        environment = AsProperty(RolloutFacts("", [2], N, 1))
         log = Log()
-        log.call(EvidenceReward(), [messages], environments=[environment])
+        log.call(EvidenceReward(), [messages], environments=[Environment(RolloutFacts(None, [2], N, 1))])
         assert log.extra["format"] == [form]
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -237,7 +238,7 @@ class TestTraining:
         on_first_inputs(trainer)
         shown = ["<tools>" in trainer.encoder.tokenizer.decode(ids) for ids in trainer.generated[0]]
         assert shown == [True, True, False, False]
-        assert [environment._facts([]).tools for environment in trainer.environments] == shown
+        assert [environment.facts.tools for environment in trainer.environments] == shown
 
     def test_all_may_play_without_tools(self, picture, scripts, tmp_path):
         scripts |= dict.fromkeys(range(4), [ANSWER])
@@ -427,6 +428,22 @@ class TestChance:
         assert log[0]["rewards/token_reward/std"] > 0
         for name, weight in weights.items():
             torch.testing.assert_close(weight, other_weights[name], atol=2e-5, rtol=1e-4)
+
+
+class TestPictures:
+    def test_a_group_shares_the_pictures_of_its_prompt(self, family, picture):
+        encoder = prepare_processor(make_processor(family), family, PRESET)
+        examples = [make_example(picture, name) for name in "ab"]
+        tasks = [example.task(PRESET, sample=number) for example in examples for number in range(4)]
+        engine = ScriptedEngine(encoder, lambda query_id, turn: [CROP, ANSWER][turn])
+        rollouts = play_rollouts(engine, tasks, Sampling(max_turn_tokens=400), 10_000)
+        shown = [rollout.images[: len(rollout.trajectory.turns[0].images)] for rollout in rollouts]
+        for first, *others in (shown[:4], shown[4:]):
+            assert all(a is b for other in others for a, b in zip(first, other, strict=True))
+        task = tasks[0]
+        images = [item.load_image() for item in task.candidates if item.image is not None]
+        right = [ref.render(image) for ref, image in zip(rollouts[0].trajectory.turns[0].images, images, strict=True)]
+        assert [image.tobytes() for image in shown[0]] == [image.tobytes() for image in right]
 
 
 class TestCutting:
@@ -633,6 +650,22 @@ class TestVLLM:
         trainer.vllm_mode, trainer._tower_is_trained = "colocate", False
         told, _ = self.turn(trainer)
         assert [entry for entry in told if isinstance(entry, str)] == ["sync"]
+
+    def test_pictures_keep_the_size_that_the_protocol_gave_them(self):
+        llm = grpo.SizedLLM(self.Recorder(), {"shortest_edge": 784, "longest_edge": 156_800})
+        llm.generate([{"prompt_token_ids": [1], "multi_modal_data": {"image": "a"}}, {"prompt_token_ids": [2]}])
+        limits = {"min_pixels": 784, "max_pixels": 156_800}
+        shown = {"prompt_token_ids": [1], "multi_modal_data": {"image": "a"}, "mm_processor_kwargs": limits}
+        assert llm.told == [[shown, {"prompt_token_ids": [2]}]]
+
+    @pytest.mark.parametrize(
+        ("least", "most", "fits"), [(4, 5120, True), (1, 9999, True), (64, 5120, False), (4, 1280, False)]
+    )
+    def test_a_server_that_would_resize_pictures_is_refused(self, family, least, most, fits):
+        encoder, preset = prepare_processor(make_processor(family), family, "release"), get_preset("release")
+        size = {"shortest_edge": least * encoder.factor**2, "longest_edge": most * encoder.factor**2}
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="would resize the protocol's"):
+            grpo._check_limits(size, preset, encoder)
 
 
 class TestEntryPoint:

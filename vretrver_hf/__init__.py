@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives. Names load on first use, so that importing the package costs no torch import.
 _HOMES = {
+    "EvidenceReward": "rewards",
     "Item": "items",
     "ItemError": "images",
     "Preset": "protocol",
@@ -18,7 +19,7 @@ _HOMES = {
     "Trajectory": "trajectory",
     "VisualTools": "tools",
 }
-__all__ = ["Item", "ItemError", "Preset", "Ranking", "Reranker", "Trajectory", "VisualTools"]
+__all__ = ["EvidenceReward", "Item", "ItemError", "Preset", "Ranking", "Reranker", "Trajectory", "VisualTools"]
 
 if TYPE_CHECKING:
     from .images import ItemError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .protocol import Preset
     from .ranking import Ranking
     from .reranker import Reranker
+    from .rewards import EvidenceReward
     from .tools import VisualTools
     from .trajectory import Trajectory
 

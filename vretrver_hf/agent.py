@@ -20,6 +20,7 @@ from .trajectory import Trajectory, Turn
 if TYPE_CHECKING:
     from PIL import Image
 
+    from .images import ImageRef
     from .items import Item
     from .protocol import Preset
 
@@ -221,7 +222,7 @@ class AgentLoop:
         rollout = _Rollout(task, self.engine.encoder.factor, self.sampling.seed)
         rollout.trajectory.exact_tokens = self.engine.exact_tokens
         started = time.perf_counter()
-        encoded = self.engine.encoder.prompt(task.messages(), rollout.load_image, task.preset)
+        encoded = self.engine.encoder.prompt(task.messages(), rollout.load_image, task.preset, self._render)
         seconds = time.perf_counter() - started
         rollout.trajectory.turns.append(
             Turn("prompt", encoded.token_ids, encoded.text, images=encoded.refs, seconds=seconds)
@@ -242,6 +243,10 @@ class AgentLoop:
             )
         else:
             self.engine.submit(rollout.session, encoded, self.sampling)
+
+    def _render(self, ref: ImageRef, image: Image.Image) -> Image.Image:
+        """A picture of a prompt at the size the model sees."""
+        return ref.render(image)
 
     def _advance(self, rollout: _Rollout, result: TurnResult) -> bool:
         """Records a model turn and answers it. Returns whether the trajectory has ended."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import chat_templates
-from .images import ImageRef, fit_size
+from .images import MAX_IMAGE_TOKENS, MIN_IMAGE_TOKENS, ImageRef, fit_size
 from .protocol import IMAGE_MARK, image_numbers
 from .tools import Observation
 
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
     from .protocol import Preset
-
-MIN_IMAGE_TOKENS = 4
-MAX_IMAGE_TOKENS = 5120
-"""The released limits of one picture, in image tokens."""
 
 
 @dataclasses.dataclass
@@ -61,7 +57,11 @@ def overview_size(size: tuple[int, int], preset: Preset, factor: int) -> tuple[i
 
 
 def overviews(
-    messages: Sequence[dict[str, Any]], load_image: Callable[[int], Image.Image], preset: Preset, factor: int
+    messages: Sequence[dict[str, Any]],
+    load_image: Callable[[int], Image.Image],
+    preset: Preset,
+    factor: int,
+    render: Callable[[ImageRef, Image.Image], Image.Image] = ImageRef.render,
 ) -> tuple[list[ImageRef], list[Image.Image]]:
     """The pictures of the opening messages as the prompt shows them, by reference and as such."""
     refs, images = [], []
@@ -69,7 +69,7 @@ def overviews(
         original = load_image(number)
         width, height = overview_size(original.size, preset, factor)
         refs.append(ImageRef(index=number, width=width, height=height))
-        images.append(refs[-1].render(original))
+        images.append(render(refs[-1], original))
     return refs, images
 
 
@@ -122,7 +122,11 @@ class Encoder:
         ]
 
     def prompt(
-        self, messages: Sequence[dict[str, Any]], load_image: Callable[[int], Image.Image], preset: Preset
+        self,
+        messages: Sequence[dict[str, Any]],
+        load_image: Callable[[int], Image.Image],
+        preset: Preset,
+        render: Callable[[ImageRef, Image.Image], Image.Image] = ImageRef.render,
     ) -> Encoded:
         """
         The opening of a conversation, up to where the model begins to write.
@@ -134,8 +138,10 @@ class Encoder:
                 Gives the picture of an image number, in its original size.
             preset (`Preset`):
                 Says how many pixels a picture in the prompt may have.
+            render (`Callable[[ImageRef, PIL.Image.Image], PIL.Image.Image]`, *optional*):
+                Gives a picture at the size the model sees, from the original.
         """
-        refs, images = overviews(messages, load_image, preset, self.factor)
+        refs, images = overviews(messages, load_image, preset, self.factor, render)
         return self._encode(self._render(messages, add_generation_prompt=True), images, refs)
 
     def observation(self, observation: Observation) -> Encoded:

@@ -6,13 +6,13 @@ pictures again. [`~vretrver_hf.training.grpo.EvidenceGRPOTrainer`] answers such 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .encoding import MAX_IMAGE_TOKENS, Encoder
-from .images import MAX_ASPECT, ImageRef, ItemError
-from .protocol import IMAGE_MARK, Preset, format_call, get_preset, last_word
-from .rewards import EvidenceReward, RolloutFacts
+from .encoding import Encoder
+from .images import MAX_ASPECT, MAX_IMAGE_TOKENS, ImageRef, ItemError
+from .protocol import IMAGE_MARK, Preset, get_preset, last_word
+from .rewards import RolloutFacts
 from .tools import Observation, VisualTools
 
 
@@ -29,11 +29,12 @@ class RerankEnvironment:
     """
     One rollout of one query, for `GRPOTrainer(environment_factory=…)`.
 
-    Rows come from [`training_dataset`], rewards from [`environment_reward`], and the trainer's arguments must fit the
-    protocol: [`stock_arguments`]. An instance is used for one rollout after another.
+    Rows come from [`training_dataset`], rewards from [`~vretrver_hf.rewards.EvidenceReward`], which reads `facts`, and
+    the trainer's arguments must fit the protocol: [`stock_arguments`]. An instance is used for one rollout after
+    another.
 
-    Every public method except `reset` is a tool of the model, so there are two. A query whose pictures cannot be read
-    is played as a remark that says so, and its reward is that of an empty output.
+    Every public method except `reset` is a tool of the model, so there are two, and `facts` is a property. A query
+    whose pictures cannot be read is played as a remark that says so, and its reward is that of an empty output.
 
     Args:
         encoder (`Encoder`):
@@ -48,6 +49,8 @@ class RerankEnvironment:
             Tool calls that were carried out.
         error (`str`, *optional*):
             Why the pictures of the query could not be read.
+        facts ([`~vretrver_hf.rewards.RolloutFacts`]):
+            What a reward needs to know, but for the model's text, which the trainer has.
 
     Example:
 
@@ -56,14 +59,14 @@ class RerankEnvironment:
     >>> from trl import GRPOConfig, GRPOTrainer  # doctest: +SKIP
     >>> from vretrver_hf.data.examples import load_examples
     >>> from vretrver_hf.environment import (
-    ...     RerankEnvironment, environment_reward, prepare_processor, stock_arguments, training_dataset
+    ...     RerankEnvironment, prepare_processor, stock_arguments, training_dataset
     ... )
     >>> from vretrver_hf.rewards import EvidenceReward
 
     >>> encoder = prepare_processor(processor, model.config.model_type, "foveated")  # doctest: +SKIP
     >>> trainer = GRPOTrainer(
     ...     model,
-    ...     reward_funcs=environment_reward(EvidenceReward("paper")),
+    ...     reward_funcs=EvidenceReward("paper"),
     ...     args=GRPOConfig("out", **stock_arguments(encoder, "foveated", max_turn_tokens=512)),
     ...     train_dataset=training_dataset(load_examples("train.parquet"), "foveated"),
     ...     processing_class=processor,
@@ -140,11 +143,10 @@ class RerankEnvironment:
         width, height = self.encoder.overview_size(image.size, self.preset)
         return {"type": "image", "image": ImageRef(block["index"], width, height).render(image)}
 
-    def _facts(self, completion: Sequence[dict[str, Any]]) -> RolloutFacts:
-        """What a reward needs to know; not public, since the trainer would make a tool of it."""
-        turns = [message for message in completion if message["role"] == "assistant" and self.error is None]
+    @property
+    def facts(self) -> RolloutFacts:
         return RolloutFacts(
-            completion="\n".join(map(_own_text, turns)),
+            completion=None if self.error is None else "",
             positives=[index + 1 for index in self.example.positives],
             num_candidates=len(self.example.candidates),
             valid_tool_calls=self.num_valid_calls,
@@ -216,25 +218,6 @@ def stock_arguments(encoder: Encoder, preset: str | Preset, max_turn_tokens: int
     }
 
 
-def environment_reward(reward: EvidenceReward) -> Callable[..., list[float]]:
-    """
-    A reward function for trainers whose environments are [`RerankEnvironment`]s.
-
-    Args:
-        reward (`EvidenceReward`):
-            Scores the rollouts.
-    """
-
-    def score(prompts: Any, completions: Any, environments: Any, **columns: Any) -> list[float]:
-        facts = [
-            environment._facts(completion) for environment, completion in zip(environments, completions, strict=True)
-        ]
-        return reward(prompts, completions, rollout_facts=facts, **columns)
-
-    score.__name__ = reward.__name__
-    return score
-
-
 class _Rows:
     """Turns row numbers into rows; each example of a batch is read once, however often it is repeated."""
 
@@ -265,15 +248,8 @@ def marked_text(blocks: Sequence[dict[str, Any]]) -> str:
     return "".join(IMAGE_MARK if block["type"] == "image" else block["text"] for block in blocks)
 
 
-def _own_text(message: dict[str, Any]) -> str:
-    calls = [call["function"] for call in message.get("tool_calls") or []]
-    texts = [message.get("content") or "", *(format_call(call["name"], call["arguments"]) for call in calls)]
-    return "\n".join(text for text in texts if text)
-
-
 __all__ = [
     "RerankEnvironment",
-    "environment_reward",
     "prepare_processor",
     "stock_arguments",
     "training_dataset",

@@ -20,6 +20,10 @@ from PIL import Image, UnidentifiedImageError
 MAX_ASPECT = 200
 """Longest side over shortest side beyond which a vision-language model's processor refuses an image."""
 
+MIN_IMAGE_TOKENS = 4
+MAX_IMAGE_TOKENS = 5120
+"""The released limits of one picture, in image tokens."""
+
 VIDEO_SUFFIXES = frozenset(
     [".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv"]
 )

@@ -134,8 +134,9 @@ class RolloutFacts:
     What a reward needs to know of one rollout.
 
     Args:
-        completion (`str`):
-            The model's own text of the whole trajectory: its turns, joined by newlines, observations left out.
+        completion (`str`, *optional*):
+            The model's own text of the whole trajectory: its turns, joined by newlines, observations left out. `None`
+            from an environment, which sees calls only: then it is put together from what the trainer parsed.
         positives (`list[int]`):
             Numbers of the relevant candidates as the prompt counts them, from 1; at least one.
         num_candidates (`int`):
@@ -146,7 +147,7 @@ class RolloutFacts:
             Whether the model was given tools.
     """
 
-    completion: str
+    completion: str | None
     positives: list[int]
     num_candidates: int
     valid_tool_calls: int
@@ -180,7 +181,7 @@ class EvidenceReward:
     Scores rollouts, alone, by the group, or as a reward function of TRL's `GRPOTrainer`.
 
     As a reward function it takes each rollout's [`RolloutFacts`] from the column `rollout_facts`; else from the
-    `facts` of the trainer's `environments`, whose empty `completion` stands for what TRL hands over; else from the
+    `facts` of the trainer's `environments`, such as [`~vretrver_hf.environment.RerankEnvironment`]; else from the
     columns `positives` and `num_candidates`, of rollouts without tools. Presets that compare rollouts also need to
     know which belong together: by a column `query_id`, or by `qid` in the released column `extra_info`. What is
     compared is gathered over all ranks first, so a group may straddle them.
@@ -500,9 +501,8 @@ def _rollouts(completions: Sequence[Any], columns: Mapping[str, Any]) -> list[Ro
 
 
 def _facts_of(environment: Any, completion: str | Sequence[Mapping[str, Any]]) -> RolloutFacts:
-    # A public method of an environment is offered to the model as a tool, so `facts` may also be a property.
-    facts = environment.facts() if callable(environment.facts) else environment.facts
-    return facts if facts.completion else dataclasses.replace(facts, completion=_own_text(completion))
+    facts = environment.facts
+    return facts if facts.completion is not None else dataclasses.replace(facts, completion=_own_text(completion))
 
 
 def _facts_without_tools(

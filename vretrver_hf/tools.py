@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from .images import MAX_ASPECT, ImageRef, fit_size, to_rgb
+from .images import MAX_ASPECT, MAX_IMAGE_TOKENS, MIN_IMAGE_TOKENS, ImageRef, fit_size, to_rgb
 from .protocol import Preset, crop_observation, get_preset, select_observation
 
 
@@ -88,8 +88,8 @@ class VisualTools:
     ) -> None:
         self.preset = get_preset(preset)
         self.factor = factor
-        self.min_pixels = 4 * factor**2
-        budgets = (inspect_pixels, self.preset.inspect_pixels, 5120 * factor**2)
+        self.min_pixels = MIN_IMAGE_TOKENS * factor**2
+        budgets = (inspect_pixels, self.preset.inspect_pixels, MAX_IMAGE_TOKENS * factor**2)
         self.max_pixels = next(budget for budget in budgets if budget is not None)
         if factor < 1 or self.max_pixels < self.min_pixels:
             raise ValueError(

@@ -32,7 +32,6 @@ from vretrver_hf import Item
 from vretrver_hf.data.examples import RerankExample
 from vretrver_hf.environment import (
     RerankEnvironment,
-    environment_reward,
     prepare_processor,
     stock_arguments,
     training_dataset,
@@ -146,7 +145,7 @@ def measure(name: str, args, example: RerankExample, turns: list[str]) -> tuple[
             config = GRPOConfig(folder, **settings, **stock_arguments(encoder, PRESET, max_turn_tokens=1000))
             trainer = Stock(
                 model,
-                environment_reward(EvidenceReward("paper")),
+                EvidenceReward("paper"),
                 config,
                 training_dataset([example], PRESET),
                 processing_class=processor,

@@ -8,13 +8,14 @@ import json
 import os
 import re
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, overload
 
 from ..agent import AgentLoop, AgentTask
 from ..encoding import Encoded, Encoder
-from ..engines.base import Engine, Sampling, Session, TurnResult
+from ..engines.base import Sampling, Session
+from ..engines.scripted import CutOff, ScriptedEngine
 from ..images import ImageRef, ItemError
 from ..items import Item
 from ..protocol import IMAGE_MARK, Preset
@@ -469,7 +470,7 @@ def _place(record: TrajectoryRecord, number: int) -> str:
 
 def _play_again(task: AgentTask, trajectory: Trajectory, encoder: Encoder) -> Conversation:
     engine = _Replay(encoder, trajectory)
-    ((_, played),) = AgentLoop(engine).run([task])
+    ((_, played),) = AgentLoop(engine, Sampling(max_turn_tokens=_NO_LIMIT)).run([task])
     if played.error is not None:
         raise ItemError(f"query {trajectory.query_id}: {played.error}")
     if len(played.assistant_turns) != len(trajectory.assistant_turns):
@@ -477,40 +478,28 @@ def _play_again(task: AgentTask, trajectory: Trajectory, encoder: Encoder) -> Co
     return Conversation(played.token_ids, played.mask, engine.images, "rendered")
 
 
-class _Replay(Engine):
+_NO_LIMIT = 2**62
+"""Tokens: how long is too long is for the caller to say."""
+
+
+class _Replay(ScriptedEngine):
     """Says what a trajectory's model wrote, in another model's tokens, and keeps the pictures that it is shown."""
 
-    max_sessions = 1
-    max_length = 2**62  # how long is too long is for the caller to say
-
     def __init__(self, encoder: Encoder, trajectory: Trajectory):
-        self.encoder = encoder
+        super().__init__(encoder, self._written, max_sessions=1, max_length=2 * _NO_LIMIT)
         self.images: list[Image.Image] = []
         self._query_id = trajectory.query_id
-        self._turns = iter(trajectory.assistant_turns)
-
-    def open(self, query_id: str = "", sample: int = 0) -> Session:
-        return Session(query_id, sample)
+        self._turns = trajectory.assistant_turns
 
     def submit(self, session: Session, encoded: Encoded, sampling: Sampling) -> None:
         self.images += encoded.images
+        super().submit(session, encoded, sampling)
 
-    def poll(self, sessions: Collection[Session]) -> list[TurnResult]:
-        session = next(iter(sessions), None)
-        if session is None:
-            return []
-        turn = next(self._turns, None)
-        if turn is None:
+    def _written(self, query_id: str, number: int) -> str:
+        if number == len(self._turns):
             raise self.ended()
-        ids = self.encoder.tokenizer.encode(turn.text, add_special_tokens=False)
-        if _was_cut(turn):
-            return [TurnResult(session, ids, None, "length", 0.0)]
-        if ids[-1:] == [self.encoder.end_of_call]:
-            return [TurnResult(session, ids, None, "call", 0.0)]
-        return [TurnResult(session, [*ids, self.encoder.end_of_turn], None, "end", 0.0)]
-
-    def close(self, session: Session) -> None:
-        pass
+        turn = self._turns[number]
+        return CutOff(turn.text) if _was_cut(turn) else turn.text
 
     def ended(self) -> Unusable:
         """What to raise where the conversation does not go as it was recorded."""

@@ -14,10 +14,15 @@ Script = Callable[[str, int], str]
 """Gives the text of a turn for a query id and the turn's number, from 0."""
 
 
+class CutOff(str):
+    """The text of a turn that ran into its limit of tokens, and so did not end."""
+
+
 def turn_ids(encoder: Encoder, text: str) -> list[int]:
     """A written turn as a model would sample it: a call stops the turn, anything else ends with the end mark."""
     ids = encoder.tokenizer.encode(text, add_special_tokens=False)
-    return ids if ids and ids[-1] == encoder.end_of_call else [*ids, encoder.end_of_turn]
+    is_over = ids and (ids[-1] == encoder.end_of_call or isinstance(text, CutOff))
+    return ids if is_over else [*ids, encoder.end_of_turn]
 
 
 class ScriptedEngine(Engine):
@@ -28,7 +33,7 @@ class ScriptedEngine(Engine):
         encoder (`Encoder`):
             Tokenises what is said and shown.
         script (`Callable[[str, int], str]`):
-            Gives the text of a turn for a query id and the turn's number, from 0.
+            Gives the text of a turn for a query id and the turn's number, from 0; [`CutOff`] where it did not end.
         max_sessions (`int`, *optional*, defaults to 4):
             Most conversations at a time.
         max_length (`int`, *optional*, defaults to 100,000):
@@ -62,7 +67,7 @@ class ScriptedEngine(Engine):
         session, sampling, started = self._pending.popleft()
         ids = turn_ids(self.encoder, self.script(session.query_id, session.turn))
         session.turn += 1
-        stop = "call" if ids[-1] == self.encoder.end_of_call else "end"
+        stop = {self.encoder.end_of_call: "call", self.encoder.end_of_turn: "end"}.get(ids[-1], "length")
         if len(ids) > sampling.max_turn_tokens:
             ids, stop = ids[: sampling.max_turn_tokens], "length"
         return TurnResult(session, ids, None, stop, time.perf_counter() - started)

@@ -28,6 +28,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from .. import chat_templates
 from ..encoding import Encoder
 from ..engines.base import Sampling
+from ..environment import prepare_processor
 from ..protocol import Preset, get_preset
 from ..reranker import save_config
 
@@ -275,6 +276,8 @@ def save_trained(trainer: Trainer, encoder: Encoder, model_args: ModelConfig, ar
     if trainer.accelerator.is_main_process:
         if is_adapter:
             _merge_adapter(model_args, folder)
+        # Whoever else plays the model, a vLLM server say, is not to resize what the protocol has sized.
+        prepare_processor(encoder.processor, encoder.family, arguments.make_preset())
         encoder.processor.save_pretrained(folder)
         arguments.save(folder)
     trainer.accelerator.wait_for_everyone()

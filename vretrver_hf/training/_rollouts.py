@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import weakref
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 from PIL import Image
@@ -15,14 +16,15 @@ from ..data.examples import RerankExample
 from ..encoding import Encoded, Encoder
 from ..engines.base import Engine, Sampling
 from ..environment import RerankEnvironment, marked_text
-from ..images import ItemError
+from ..images import ImageRef, ItemError
 from ..items import Item
+from ..protocol import Preset
 from ..rewards import RolloutFacts
 from ..trajectory import Trajectory, Turn
 
 
-_DECODERS = 8
-"""Threads that decode pictures."""
+_THREADS = 8
+"""Threads that decode pictures and fit them to their size."""
 
 
 class RecordedEnvironment(RerankEnvironment):
@@ -48,7 +50,8 @@ class RecordedEnvironment(RerankEnvironment):
         self.trajectory = None
         return marked_text(example.task(self.preset).messages()[-1]["content"])
 
-    def _facts(self, completion: Sequence[dict[str, Any]]) -> RolloutFacts:
+    @property
+    def facts(self) -> RolloutFacts:
         return RolloutFacts(
             completion=self.trajectory.completion,
             positives=[index + 1 for index in self.example.positives],
@@ -95,7 +98,8 @@ def play_rollouts(
     """
     Plays every task and returns their rollouts in order.
 
-    Neighbours with the same items share the decoded pictures; while one group is played, the next one's are decoded.
+    Neighbours with the same items share the pictures of their prompt; while one group is played, those of the next are
+    decoded.
 
     Args:
         engine (`Engine`):
@@ -107,19 +111,21 @@ def play_rollouts(
         max_completion_length (`int`):
             Most tokens behind the prompt.
     """
-    loop = _RolloutLoop(engine, sampling)
     places: dict[int, int] = {}
     rollouts: dict[int, Rollout] = {}
 
-    def numbered() -> Iterator[AgentTask]:
-        for place, task in enumerate(_decoded(tasks)):
-            places[id(task)] = place
-            yield task
+    with ThreadPoolExecutor(_THREADS) as pool:
+        loop = _RolloutLoop(engine, sampling, pool)
 
-    for task, trajectory in loop.run(numbered()):
-        pictures = loop.pictures.pop(id(trajectory), [])
-        cut = cut_trajectory(trajectory, max_completion_length, engine.encoder)
-        rollouts[places[id(task)]] = to_rollout(cut, pictures, engine.encoder)
+        def numbered() -> Iterator[AgentTask]:
+            for place, task in enumerate(loop.decoded(tasks)):
+                places[id(task)] = place
+                yield task
+
+        for task, trajectory in loop.run(numbered()):
+            pictures = loop.pictures.pop(id(trajectory), [])
+            cut = cut_trajectory(trajectory, max_completion_length, engine.encoder)
+            rollouts[places[id(task)]] = to_rollout(cut, pictures, engine.encoder)
     return [rollouts[place] for place in range(len(tasks))]
 
 
@@ -211,45 +217,58 @@ def with_unseen_picture(rollout: Rollout, encoder: Encoder) -> Rollout:
     )
 
 
-class _RolloutLoop(AgentLoop):
-    """Keeps the pictures that each trajectory shows, since they are what the loss must read."""
+class _DecodedItem(Item):
+    """An item whose picture has been decoded for several rollouts, none of which changes it."""
 
-    def __init__(self, engine: Engine, sampling: Sampling):
+    def load_image(self, *args: Any, **kwargs: Any) -> Image.Image:
+        return self.image
+
+
+class _RolloutLoop(AgentLoop):
+    """
+    Keeps the pictures that each trajectory shows, since they are what the loss must read. Threads decode those of a
+    prompt and fit them to their size, once for a group.
+    """
+
+    def __init__(self, engine: Engine, sampling: Sampling, pool: Executor):
         super().__init__(engine, sampling)
         self.pictures: dict[int, list[Image.Image]] = {}
+        self._pool = pool
+        self._overviews: dict[int, tuple[weakref.ref[Image.Image], Image.Image]] = {}
 
     def _submit(self, rollout: Any, encoded: Encoded) -> None:
         self.pictures.setdefault(id(rollout.trajectory), []).extend(encoded.images)
         super()._submit(rollout, encoded)
 
-
-def _decoded(tasks: Sequence[AgentTask]) -> Iterator[AgentTask]:
-    """The tasks with their pictures decoded, each once for all neighbours that show the same items."""
-    groups = [list(group) for _, group in itertools.groupby(tasks, key=lambda task: id(task.candidates))]
-    with ThreadPoolExecutor(_DECODERS) as pool:
-
-        def begin(task: AgentTask) -> list[Future[Item]]:
-            return [pool.submit(_load, item) for item in [task.query, *task.candidates]]
-
-        following = begin(groups[0][0]) if groups else []
+    def decoded(self, tasks: Sequence[AgentTask]) -> Iterator[AgentTask]:
+        """The tasks with their pictures decoded, each once for all neighbours that show the same items."""
+        groups = [list(group) for _, group in itertools.groupby(tasks, key=lambda task: id(task.candidates))]
+        following = self._decode(groups[0][0]) if groups else []
         for group, after in itertools.zip_longest(groups, groups[1:]):
-            query, *candidates = _results(following)
-            following = begin(after[0]) if after else []
+            query, *candidates = [future.result() for future in following]
+            following = self._decode(after[0]) if after else []
             for task in group:
                 yield dataclasses.replace(task, query=query, candidates=candidates)
 
+    def _decode(self, task: AgentTask) -> list[Future[Item]]:
+        return [self._pool.submit(self._load, item, task.preset) for item in [task.query, *task.candidates]]
 
-def _results(futures: Iterable[Future[Item]]) -> list[Item]:
-    return [future.result() for future in futures]
+    def _load(self, item: Item, preset: Preset) -> Item:
+        if item.image is None:
+            return item
+        try:
+            image = item.load_image()
+        except ItemError:
+            return item  # the loop meets the same error and records it
+        ref = ImageRef(0, *self.engine.encoder.overview_size(image.size, preset))
+        key = id(image)
+        mark = weakref.ref(image, lambda mark: self._overviews.pop(key, None))
+        self._overviews[key] = mark, ref.render(image)
+        return _DecodedItem(item.text, image, item.id)
 
-
-def _load(item: Item) -> Item:
-    if item.image is None:
-        return item
-    try:
-        return dataclasses.replace(item, image=item.load_image())
-    except ItemError:
-        return item  # the loop meets the same error and records it
+    def _render(self, ref: ImageRef, image: Image.Image) -> Image.Image:
+        _, overview = self._overviews.get(id(image), (None, None))
+        return super()._render(ref, image) if overview is None else overview
 
 
 def _shortened(turn: Turn, room: int, encoder: Encoder) -> Turn:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +27,8 @@ from ..data.examples import load_examples
 from ..encoding import collapse_pads
 from ..engines.base import Sampling
 from ..engines.transformers import TransformersEngine
-from ..environment import (
-    RerankEnvironment,
-    environment_reward,
-    prepare_processor,
-    training_dataset,
-)
+from ..environment import RerankEnvironment, prepare_processor, training_dataset
+from ..images import MAX_IMAGE_TOKENS, MIN_IMAGE_TOKENS
 from ..protocol import Preset, get_preset
 from ..rewards import EvidenceReward
 from ..trajectory import write_jsonl
@@ -57,6 +53,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
     from ..data.examples import Examples, RerankExample
+    from ..encoding import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +153,8 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
       without tools, and neither trajectories nor the metrics `rollouts/*`.
     - `_generate_single_turn`, for vLLM only. TRL hands vLLM prompts whose pads are expanded; in colocate mode vLLM
       expands them once more (TRL issue 6294). And vLLM keeps what the vision tower made of a picture under old
-      weights (TRL issue 7198).
+      weights (TRL issue 7198). It also takes its limits of a picture's size from the model folder and not from the
+      processor that TRL was given, so in colocate mode it is told them ([`SizedLLM`]).
     - `_get_tool_suffix_ids`, for vLLM only: a turn stops behind its call, and its end mark is not learnt, as in the
       project's own loop.
     - `_get_train_sampler`, since TRL's sampler draws each epoch's order from what the epochs before left of its
@@ -229,6 +227,7 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             processing_class = AutoProcessor.from_pretrained(name)
         config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
+        folder_limits = dict(processing_class.image_processor.size)
         self.encoder = prepare_processor(processing_class, config.model_type, self.preset)
         args.max_tool_calling_iterations = self.preset.max_calls + 1
         if args.use_vllm:
@@ -240,9 +239,7 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
             args.generation_kwargs = {**limits, **(args.generation_kwargs or {})}
         super().__init__(
             model=model,
-            reward_funcs=[
-                environment_reward(reward) if isinstance(reward, EvidenceReward) else reward for reward in rewards
-            ],
+            reward_funcs=rewards,
             args=args,
             train_dataset=None if train_dataset is None else training_dataset(train_dataset, self.preset),
             eval_dataset=None if eval_dataset is None else training_dataset(eval_dataset, self.preset),
@@ -264,6 +261,10 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
                 "a vLLM server goes on using what the vision tower made of a picture under old weights: freeze the "
                 "tower, or set vllm_mode: colocate"
             )
+        if args.use_vllm and args.vllm_mode == "server":
+            _check_limits(folder_limits, self.preset, self.encoder)
+        elif args.use_vllm:
+            self.vllm_generation.llm = SizedLLM(self.vllm_generation.llm, processing_class.image_processor.size)
         cached = not args.use_vllm and not self._tower_is_trained
         self.features = FeatureCache(tower) if cached else None
 
@@ -390,6 +391,32 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
             self._metrics[mode][name].append(value)
 
 
+class SizedLLM:
+    """
+    A vLLM that takes pictures at the size that the protocol gave them, whatever its model folder says.
+
+    Args:
+        llm (`vllm.LLM`):
+            What everything is passed on to.
+        size (mapping):
+            The image processor's limits, `shortest_edge` and `longest_edge`, in pixels of a picture.
+    """
+
+    def __init__(self, llm: Any, size: Mapping[str, int]):
+        self._llm = llm
+        self._limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
+
+    def generate(self, prompts: Sequence[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
+        sized = [
+            {**prompt, "mm_processor_kwargs": self._limits} if "multi_modal_data" in prompt else prompt
+            for prompt in prompts
+        ]
+        return self._llm.generate(sized, *args, **kwargs)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the settings and trains."""
     trainer = train(*parse((GRPOScriptArguments, EvidenceGRPOConfig, ModelConfig), argv))
@@ -478,6 +505,20 @@ def _check(args: EvidenceGRPOConfig, rewards: Sequence[EvidenceReward], tools: b
             "passes): a run that goes on from such a checkpoint draws new rollouts and ends elsewhere",
             args.save_steps,
             every,
+        )
+
+
+def _check_limits(size: Mapping[str, int], preset: Preset, encoder: Encoder) -> None:
+    """Refuses a server that would resize the protocol's pictures; only a very long one may still exceed its budget."""
+    square = encoder.factor**2
+    budgets = [preset.overview_pixels, preset.inspect_pixels or MAX_IMAGE_TOKENS * square]
+    most = max(budget for budget in budgets if budget is not None)
+    if size["shortest_edge"] > MIN_IMAGE_TOKENS * square or size["longest_edge"] < most:
+        raise ValueError(
+            f"a vLLM server takes its limits of a picture's size from the model folder, {size['shortest_edge']} to "
+            f"{size['longest_edge']} pixels, and would resize the protocol's pictures, {MIN_IMAGE_TOKENS * square} to "
+            f"{most} pixels: serve a folder whose processor was saved after prepare_processor, as every stage here "
+            "saves it, or set vllm_mode: colocate"
         )
 
 
