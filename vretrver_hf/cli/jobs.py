@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..tables import percent
 from .common import Mistake, one_line
 
 
@@ -154,8 +155,6 @@ class Progress:
 
     def add(self, verdicts: Sequence[str | None] | None) -> None:
         """Counts a query by why its trajectories were rejected, if they were; `None` for a query that failed."""
-        from ..data.rejection import percent
-
         if verdicts is None:
             self._failed += 1
         else:
