@@ -25,6 +25,7 @@ class TestQueries:
         task = f"{'mscoco' if number == 0 else f'set{number}'}_task{number}"
         queries, pool = list(mbeir.queries(task)), mbeir.pool(task)
         asked, given = KINDS[number]
+        assert mbeir.queries(task).query_ids == [f"{number}:{q}" for q in range(4)]
         assert [query.query_id for query in queries] == [f"{number}:{q}" for q in range(4)]
         for place, query in enumerate(queries):
             assert query.modality == asked and query.instruction is None and query.instructed == query.item
@@ -38,7 +39,7 @@ class TestQueries:
                     assert item.load_image().size == (30, 30)
 
     def test_a_grade_of_zero_is_not_relevant(self, mbeir):
-        query = next(mbeir.queries("set7_task7"))
+        query = mbeir.queries("set7_task7")[0]
         assert query.relevant == {"7:1000000": 1, "7:1000029": 1}
 
     def test_tasks(self, mbeir):
@@ -53,7 +54,7 @@ class TestInstructions:
         assert queries[1].instructed.text == "Find it. query 1" and queries[1].item.text == "query 1"
 
     def test_a_picture_alone_gets_the_instruction_as_its_text(self, mbeir):
-        query = next(mbeir.queries("set4_task4", mbeir.instructions()))
+        query = mbeir.queries("set4_task4", mbeir.instructions())[0]
         assert query.item.text is None
         assert query.instructed.text == "Find it." and query.instructed.image == query.item.image
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vretrver_hf.data.trec import Hit, read_qrels, read_run, write_qrels, write_run
+from vretrver_hf.data.trec import Hit, RunFile, read_qrels, read_run, write_qrels, write_run
 from vretrver_hf.evaluation.metrics import per_query
 
 
@@ -27,6 +27,15 @@ def test_reading_sorts_as_trec_eval_does(tmp_path):
     path = tmp_path / "run.txt"
     path.write_text("q Q0 a 1 0.5 r\nq Q0 b 2 0.9 r\n\nq Q0 c 3 0.5 r\n")
     assert [hit.id for hit in read_run(path)["q"]] == ["b", "c", "a"]  # the greater id first where scores are equal
+
+
+def test_a_query_may_come_in_pieces(tmp_path):
+    path = tmp_path / "run.txt"
+    path.write_text("q Q0 a 1 1 r\np Q0 a 1 1 r\nq Q0 b 1 2 r\nq Q0 b 1 2 r\n")
+    run = RunFile(path)
+    assert list(run) == ["q", "p"] and run["p"] == [Hit("a", 1)] and "x" not in run
+    with pytest.raises(ValueError, match="line 4: query q gets b a second time"):
+        run["q"]
 
 
 def test_qrels_of_four_and_five_columns(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import itertools
@@ -14,7 +15,7 @@ from ..agent import AgentTask
 from ..images import ItemError
 from ..items import Item
 from ..protocol import get_preset
-from .vretrver import ImageRoot, open_dataset, read_row
+from .vretrver import ImageRoot, ReleasedRow, ReleasedRows, open_dataset, read_row
 
 
 if TYPE_CHECKING:
@@ -133,15 +134,7 @@ def example_from_row(
     ```
     """
     try:
-        read = read_row(row, image_root)
-        return RerankExample(
-            query_id=read.query_id,
-            query=read.query,
-            candidates=read.candidates,
-            positives=read.positives,
-            data_source=read.data_source,
-            prompt=read.prompt,
-        )
+        return _example(read_row(row, image_root))
     except ValueError as error:
         raise ValueError(f"{where}: {error}" if where else str(error)) from error
 
@@ -278,13 +271,12 @@ class Examples(Sequence[RerankExample]):
         image_root: str | os.PathLike[str] | ImageRoot | None = None,
         name: str = "data set",
     ):
-        # As Arrow, rows come with pictures as they are stored: decoding is the item's business, which names failures.
-        self._dataset = dataset.with_format("arrow")
-        self._image_root = image_root if isinstance(image_root, ImageRoot) else ImageRoot(image_root)
+        self.rows = ReleasedRows(dataset, image_root, name)
+        """The rows that the examples are made of."""
         self._name = name
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.rows)
 
     @overload
     def __getitem__(self, index: int) -> RerankExample: ...
@@ -292,18 +284,30 @@ class Examples(Sequence[RerankExample]):
     def __getitem__(self, index: slice) -> Examples: ...
     def __getitem__(self, index: int | slice) -> RerankExample | Examples:
         if isinstance(index, slice):
-            part = self._dataset.select(range(*index.indices(len(self))))
-            return Examples(part, self._image_root, self._name)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{self._name} has {len(self)} rows, there is no row {index}")
-        (row,) = self._dataset[index].to_pylist()
-        return example_from_row(row, self._image_root, where=f"{self._name}, row {index}")
+            part = copy.copy(self)
+            part.rows = self.rows[index]
+            return part
+        row = self.rows[index]
+        try:
+            return _example(row)
+        except ValueError as error:
+            raise ValueError(f"{self._name}, row {index}: {error}") from error
 
     @property
     def query_ids(self) -> list[str]:
         """Every row's query id, read without the pictures."""
-        rows = self._dataset.select_columns(["extra_info"])[:]["extra_info"].to_pylist()
-        return [str(row["qid"]) for row in rows]
+        return self.rows.query_ids
+
+
+def _example(row: ReleasedRow) -> RerankExample:
+    return RerankExample(
+        query_id=row.query_id,
+        query=row.query,
+        candidates=row.candidates,
+        positives=row.positives,
+        data_source=row.data_source,
+        prompt=row.prompt,
+    )
 
 
 def _batches(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

@@ -9,7 +9,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from ..items import Item
 from .trec import read_qrels
@@ -162,9 +162,7 @@ class MBEIR:
         """The judgements of a task: query id to id to grade."""
         return read_qrels(self._file(f"qrels/{split}/mbeir_{task}_{split}_qrels.txt", task, split))
 
-    def queries(
-        self, task: str, instructions: Instructions | None = None, split: str = "test"
-    ) -> Iterator[MBEIRQuery]:
+    def queries(self, task: str, instructions: Instructions | None = None, split: str = "test") -> MBEIRQueries:
         """
         The queries of a task, in the order of the file.
 
@@ -180,16 +178,7 @@ class MBEIR:
             `ValueError`: naming file, line and field where a query cannot be used.
         """
         path = self._file(f"query/{split}/mbeir_{task}_{split}.jsonl", task, split)
-        qrels, kind = self.qrels(task, split), _candidate_modality(task)
-        for number, row in _read_jsonl(path):
-            try:
-                query = self._query(row, qrels)
-                if instructions is not None:
-                    wording = instructions.choose(query.query_id, query.modality, kind)
-                    query = dataclasses.replace(query, instruction=wording)
-                yield query
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+        return MBEIRQueries(path, task, self.qrels(task, split), self.images, instructions)
 
     def pool(self, task: str | None = None) -> Pool:
         """The local pool of a task, or the global pool of all of them where `task` is `None`."""
@@ -205,24 +194,65 @@ class MBEIR:
                 return local / name
         raise ValueError(f"task {task} has no candidate pool in {local}")
 
-    def _query(self, row: Mapping[str, Any], qrels: Mapping[str, dict[str, int]]) -> MBEIRQuery:
-        query_id = row.get("qid")
-        if not isinstance(query_id, str) or not query_id:
-            raise ValueError(f"qid must be a string, got {query_id!r}")
-        modality = row.get("query_modality")
-        if modality not in MODALITIES:
-            raise ValueError(f"query_modality must be one of {', '.join(MODALITIES)}, got {modality!r}")
-        item = _item(
-            row.get("query_txt"), row.get("query_img_path"), None, self.images, "query_txt and query_img_path"
-        )
-        relevant = {did: grade for did, grade in qrels.get(query_id, {}).items() if grade > 0}
-        return MBEIRQuery(query_id, item, modality, relevant)
-
     def _file(self, name: str, task: str, split: str) -> Path:
         path = self.folder / name
         if not path.is_file():
             raise ValueError(f"{task}: {path} does not exist; there are {', '.join(self.tasks(split)) or 'no tasks'}")
         return path
+
+
+class MBEIRQueries(Sequence[MBEIRQuery]):
+    """
+    The queries of a task; their pictures are looked for when a query is asked for.
+
+    Args:
+        path (`Path`):
+            The JSONL file.
+        task (`str`):
+            Such as `"cirr_task7"`.
+        qrels (mapping):
+            Query id to id to grade.
+        images (`ImageRoot`):
+            Finds the pictures.
+        instructions (`Instructions`, *optional*):
+            Puts one before each query.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        task: str,
+        qrels: Mapping[str, dict[str, int]],
+        images: ImageRoot,
+        instructions: Instructions | None = None,
+    ):
+        self._path, self._qrels, self._images, self._instructions = path, qrels, images, instructions
+        self._kind = _candidate_modality(task)
+        self._rows = [(number, _query_fields(path, number, row)) for number, row in _read_jsonl(path)]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> MBEIRQuery: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[MBEIRQuery]: ...
+    def __getitem__(self, index: int | slice) -> MBEIRQuery | list[MBEIRQuery]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        number, (query_id, text, path, modality) = self._rows[index]
+        try:
+            item = _item(text, path, None, self._images, "query_txt and query_img_path")
+            wording = self._instructions and self._instructions.choose(query_id, modality, self._kind)
+        except ValueError as error:
+            raise ValueError(f"{self._path}, line {number}: {error}") from error
+        relevant = {did: grade for did, grade in self._qrels.get(query_id, {}).items() if grade > 0}
+        return MBEIRQuery(query_id, item, modality, relevant, wording)
+
+    @property
+    def query_ids(self) -> list[str]:
+        """Every query's id."""
+        return [fields[0] for _, fields in self._rows]
 
 
 class Pool:
@@ -300,6 +330,17 @@ class Pool:
             return _item(row.get("txt"), row.get("img_path"), row["did"], self._images, "txt and img_path")
         except ValueError as error:
             raise ValueError(f"{self.path}, candidate {row['did']}: {error}") from error
+
+
+def _query_fields(path: Path, number: int, row: Mapping[str, Any]) -> tuple[str, Any, Any, str]:
+    query_id, modality = row.get("qid"), row.get("query_modality")
+    if not isinstance(query_id, str) or not query_id:
+        raise ValueError(f"{path}, line {number}: qid must be a string, got {query_id!r}")
+    if modality not in MODALITIES:
+        raise ValueError(
+            f"{path}, line {number}: query_modality must be one of {', '.join(MODALITIES)}, got {modality!r}"
+        )
+    return query_id, row.get("query_txt"), row.get("query_img_path"), modality
 
 
 def _index(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,26 +49,59 @@ def write_run(
     partial.replace(path)
 
 
-def read_run(path: str | os.PathLike[str]) -> dict[str, list[Hit]]:
+class RunFile(Mapping[str, "list[Hit]"]):
     """
-    Reads a run of six columns, or of M-BEIR's seven, best first as trec_eval sorts it.
+    A run of six columns, or of M-BEIR's seven, read query by query: what is kept is where a query's lines stand.
 
-    Trec_eval looks at scores alone: of equal ones the greater id comes first, whatever the rank column says.
+    Hits come best first as trec_eval sorts them. It looks at scores alone: of equal ones the greater id comes first,
+    whatever the rank column says.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
 
     Raises:
         `ValueError`: naming file and line where a line is not one of a run, or a query gets an id twice.
     """
-    run: dict[str, list[Hit]] = {}
-    seen: set[tuple[str, str]] = set()
-    for number, columns in _columns(path, (6, 7), "qid Q0 did rank score run"):
-        query_id, _, item, _, score = columns[:5]
-        if (query_id, item) in seen:
-            raise ValueError(f"{path}, line {number}: query {query_id} gets {item} a second time")
-        seen.add((query_id, item))
-        run.setdefault(query_id, []).append(Hit(item, _number(path, number, "score", score)))
-    return {
-        query_id: sorted(hits, key=lambda hit: (hit.score, hit.id), reverse=True) for query_id, hits in run.items()
-    }
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = path
+        self._blocks: dict[str, list[tuple[int, int, int]]] = {}
+        offset, last = 0, None
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    query_id = line.split(None, 1)[0].decode("utf-8")
+                    if query_id != last:
+                        self._blocks.setdefault(query_id, []).append((number, offset, offset))
+                    first, start, _ = self._blocks[query_id][-1]
+                    self._blocks[query_id][-1] = first, start, offset + len(line)
+                    last = query_id
+                offset += len(line)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._blocks)
+
+    def __getitem__(self, query_id: str) -> list[Hit]:
+        hits: dict[str, Hit] = {}
+        with open(self.path, "rb") as file:
+            for first, start, stop in self._blocks[query_id]:
+                file.seek(start)
+                lines = file.read(stop - start).decode("utf-8").split("\n")
+                for number, columns in _columns(self.path, lines, (6, 7), "qid Q0 did rank score run", first):
+                    item = columns[2]
+                    if item in hits:
+                        raise ValueError(f"{self.path}, line {number}: query {query_id} gets {item} a second time")
+                    hits[item] = Hit(item, _number(self.path, number, "score", columns[4]))
+        return sorted(hits.values(), key=lambda hit: (hit.score, hit.id), reverse=True)
+
+
+def read_run(path: str | os.PathLike[str]) -> dict[str, list[Hit]]:
+    """Reads a whole run into memory; see [`RunFile`]."""
+    return dict(RunFile(path))
 
 
 def write_qrels(path: str | os.PathLike[str], qrels: Iterable[tuple[str, Iterable[str]]]) -> None:
@@ -90,20 +123,22 @@ def read_qrels(path: str | os.PathLike[str]) -> dict[str, dict[str, int]]:
         `ValueError`: naming file and line where a line is not one of judgements.
     """
     qrels: dict[str, dict[str, int]] = {}
-    for number, columns in _columns(path, (4, 5), "qid 0 did rel"):
-        qrels.setdefault(columns[0], {})[columns[2]] = int(_number(path, number, "rel", columns[3]))
+    with open(path, encoding="utf-8") as file:
+        for number, columns in _columns(path, file, (4, 5), "qid 0 did rel"):
+            qrels.setdefault(columns[0], {})[columns[2]] = int(_number(path, number, "rel", columns[3]))
     return qrels
 
 
-def _columns(path: str | os.PathLike[str], counts: tuple[int, ...], names: str) -> Iterator[tuple[int, list[str]]]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            columns = line.split()
-            if not columns:
-                continue
-            if len(columns) not in counts:
-                raise ValueError(f"{path}, line {number}: {len(columns)} columns, but {names} are {counts[0]}")
-            yield number, columns
+def _columns(
+    path: str | os.PathLike[str], lines: Iterable[str], counts: tuple[int, ...], names: str, first: int = 1
+) -> Iterator[tuple[int, list[str]]]:
+    for number, line in enumerate(lines, start=first):
+        columns = line.split()
+        if not columns:
+            continue
+        if len(columns) not in counts:
+            raise ValueError(f"{path}, line {number}: {len(columns)} columns, but {names} are {counts[0]}")
+        yield number, columns
 
 
 def _number(path: str | os.PathLike[str], line: int, name: str, text: str) -> float:

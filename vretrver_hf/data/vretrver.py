@@ -12,7 +12,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from ..items import Item
 from ..protocol import IMAGE_MARK
@@ -104,6 +104,63 @@ def read_row(row: Mapping[str, Any], image_root: str | os.PathLike[str] | ImageR
         hits=None if hits is None else [_hit_item(hit, number, root) for number, hit in enumerate(hits)],
         hit_positives=[index for index, hit in enumerate(hits or ()) if _identity(*hit) in relevant],
     )
+
+
+class ReleasedRows(Sequence[ReleasedRow]):
+    """
+    The rows of a data set, each read when it is asked for.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Rows of the released schema.
+        image_root (`str`, `os.PathLike` or `ImageRoot`, *optional*):
+            Where relative picture paths start from.
+        name (`str`, *optional*, defaults to `"data set"`):
+            What error messages call it.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        image_root: str | os.PathLike[str] | ImageRoot | None = None,
+        name: str = "data set",
+    ):
+        # As Arrow, rows come with pictures as they are stored: decoding is the item's business, which names failures.
+        self._dataset = dataset.with_format("arrow")
+        self._image_root = image_root if isinstance(image_root, ImageRoot) else ImageRoot(image_root)
+        self._name = name
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    @overload
+    def __getitem__(self, index: int) -> ReleasedRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> ReleasedRows: ...
+    def __getitem__(self, index: int | slice) -> ReleasedRow | ReleasedRows:
+        if isinstance(index, slice):
+            part = self._dataset.select(range(*index.indices(len(self))))
+            return ReleasedRows(part, self._image_root, self._name)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self._name} has {len(self)} rows, there is no row {index}")
+        (row,) = self._dataset[index].to_pylist()
+        try:
+            return read_row(row, self._image_root)
+        except ValueError as error:
+            raise ValueError(f"{self._name}, row {index}: {error}") from error
+
+    @property
+    def query_ids(self) -> list[str]:
+        """Every row's query id, read without the pictures."""
+        infos = self._dataset.select_columns(["extra_info"])[:]["extra_info"]
+        return [str(query_id) for query_id in infos.combine_chunks().field("qid").to_pylist()]
+
+    @property
+    def data_sources(self) -> list[str]:
+        """Every row's data source."""
+        if "data_source" not in self._dataset.column_names:
+            return [""] * len(self)
+        return [source or "" for source in self._dataset.select_columns(["data_source"])[:]["data_source"].to_pylist()]
 
 
 class ImageRoot:
