@@ -42,6 +42,10 @@ class TestCompare:
         # Five wins and no loss: only all signs as they are, or all flipped, are as extreme: 2 of 2 ** 5.
         assert compare([1] * 5 + [0] * 90, [0] * 95).p_value == pytest.approx(2 / 32)
 
+    @pytest.mark.parametrize("count", [1, 9])
+    def test_one_differing_query_proves_nothing(self, count):
+        assert compare([1] * count, [0] + [1] * (count - 1)).p_value == 1
+
     def test_equal_runs(self):
         result = compare([0.3, 0.7], [0.3, 0.7])
         assert result.p_value == 1 and result.mean == 0 and result.interval == (0, 0)

@@ -117,7 +117,7 @@ def compare(first: Sequence[float], second: Sequence[float], seed: int = 0) -> D
         raise ValueError(f"a paired test needs the same queries twice, got {len(first)} and {len(second)}")
     decisive = differences[differences != 0]  # flipping the sign of nothing changes nothing
     p_value = 1.0
-    if len(decisive):
+    if len(decisive) > 1:  # of a single one, either sign is as extreme
         p_value = stats.permutation_test(
             (decisive,),
             np.sum,
