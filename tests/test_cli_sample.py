@@ -47,8 +47,8 @@ def run(capsys, *args) -> tuple[int, str, str]:
     return ended.value.code or 0, out, err
 
 
-def start(*args, launcher=("-m",), **environment) -> subprocess.Popen:
-    command = [sys.executable, *launcher, "vretrver_hf", *map(str, args)]
+def start(*args, launcher=("-m",), module="vretrver_hf", **environment) -> subprocess.Popen:
+    command = [sys.executable, *launcher, module, *map(str, args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env={**ENVIRONMENT, **environment}, **pipes)
 

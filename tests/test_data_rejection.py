@@ -18,10 +18,8 @@ from vretrver_hf.data.rejection import (
     Query,
     Summary,
     judge,
-    markdown_table,
     modalities,
     parse_keep,
-    percent,
     sample_queries,
     select,
     write_card,
@@ -406,19 +404,6 @@ class TestCard:
         write_card(tmp_path, summary, {}, {})
         text = (tmp_path / "README.md").read_text()
         assert text.count("| broken \\| badly indeed |") == 20 and "and 5 more" in text
-
-    def test_table(self):
-        assert markdown_table(["a", "b"], []) == "| a | b |\n|---|---|"
-        table = markdown_table(["name", "share"], [["x|y", "5.0 %"], ["z", "12.5 %"]])
-        assert table.splitlines() == [
-            "| name |  share |",
-            "|------|-------:|",
-            "| x\\|y |  5.0 % |",
-            "| z    | 12.5 % |",
-        ]
-
-    def test_percent(self):
-        assert [percent(1, 3), percent(0, 5), percent(0, 0)] == ["33.3 %", "0.0 %", "–"]
 
     def test_modalities(self):
         example = make_example(1, pictures=False)

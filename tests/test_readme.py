@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vretrver_hf.cli import main
+from vretrver_hf.cli import app, main
 
 
 ROOT = Path(__file__).parents[1]
@@ -57,3 +57,19 @@ def test_links_lead_somewhere(page):
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
     missing = [target for target in targets if not ((ROOT / page).parent / target).exists()]
     assert targets and not missing
+
+
+@pytest.mark.parametrize("page", ["README.md", "recipes/emoji/README.md"])
+def test_options_of_long_commands_exist(page):
+    """Commands that take hours or another machine are not run here, but what they ask for must exist."""
+    import typer.main
+
+    commands = typer.main.get_command(app).commands
+    text = (ROOT / page).read_text(encoding="utf-8")
+    lines = re.findall(r"-m vretrver_hf(\.evaluation| \w+) (--.*|outputs.*|\$R.*)$", text, re.MULTILINE)
+    assert lines
+    for name, rest in lines:
+        command = commands["evaluate" if name == ".evaluation" else name.strip()]
+        known = {option for parameter in command.params for option in parameter.opts}
+        asked = set(re.findall(r"--[a-z-]+", rest))
+        assert asked <= known, (name, asked - known)

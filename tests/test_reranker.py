@@ -11,6 +11,7 @@ from vretrver_hf import Item, ItemError, Ranking, Reranker
 from vretrver_hf.engines import Sampling
 from vretrver_hf.engines.transformers import TransformersEngine
 from vretrver_hf.protocol import format_answer, format_call, format_turn, get_preset
+from vretrver_hf.reranker import RankRequest
 
 
 PRESET = get_preset("foveated", overview_pixels=64 * 64, inspect_pixels=64 * 64)
@@ -274,3 +275,39 @@ def test_an_unknown_engine_is_refused():
 def test_an_engine_without_a_model_cannot_be_saved(perfect, tmp_path):
     with pytest.raises(ValueError, match="holds no model"):
         Reranker(perfect.engine(), PRESET).save_pretrained(tmp_path)
+
+
+class TestRankIter:
+    def test_takes_no_more_requests_than_there_is_room_for(self, encoder):
+        taken, done = [], 0
+
+        def requests():
+            for number in range(12):
+                taken.append(number)
+                yield RankRequest(f"q{number}", "q", ["a", "b"])
+
+        engine = ScriptedEngine(
+            encoder, lambda query_id, turn: format_turn("b", format_answer([1, 0])), max_sessions=3
+        )
+        for ranking in Reranker(engine, PRESET).rank_iter(requests()):
+            done += 1
+            assert ranking.order == [1, 0] and len(taken) <= done + engine.max_sessions
+        assert done == 12
+
+    def test_each_window_gets_a_prompt_of_its_own(self, encoder):
+        shown = []
+
+        def prompt(indices):
+            shown.append(list(indices))
+            return [{"role": "user", "content": f"which of {list(indices)}?"}]
+
+        engine = ScriptedEngine(encoder, lambda query_id, turn: format_turn("r", format_answer([2, 1, 0])))
+        reranker = Reranker(engine, get_preset(PRESET, prompt_source="dataset"), window=3, stride=2)
+        (ranking,) = reranker.rank_iter([RankRequest("q", "q", ["a", "b", "c", "d", "e"], prompt)])
+        assert shown == [[2, 3, 4], [0, 1, 4]] and ranking.order == [4, 1, 0, 3, 2]
+        assert "which of [0, 1, 4]?" in ranking.trajectories[1].turns[0].text
+
+    def test_passes(self, encoder):
+        engine = ScriptedEngine(encoder, lambda query_id, turn: format_turn("r", format_answer([1, 0])))
+        ranking = Reranker(engine, PRESET, window=2, stride=1, passes=2).rank("q", ["a", "b", "c"])
+        assert len(ranking.trajectories) == 4

@@ -167,3 +167,18 @@ class TestWindowWalk:
         walk = WindowWalk(3)
         walk.order.reverse()
         assert walk.order == [0, 1, 2]
+
+    def test_passes(self):
+        """
+        Four candidates, windows of 2 with stride 1, ranked perfectly (3 is best, 0 worst): a pass brings the best to
+        the front, and the second pass the best but one behind it.
+        """
+        orders = []
+        for passes in (1, 2):
+            walk = WindowWalk(4, 2, 1, passes)
+            while (window := walk.next()) is not None:
+                walk.merge(sorted(range(len(window)), key=lambda place: -window[place]))
+            orders.append(walk.order)
+        assert orders == [[3, 0, 1, 2], [3, 2, 0, 1]]
+        with pytest.raises(ValueError, match="passes must be at least 1"):
+            WindowWalk(4, 2, 1, 0)

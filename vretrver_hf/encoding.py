@@ -210,10 +210,14 @@ class MessageEncoder:
         self.factor = factor
 
     def prompt(
-        self, messages: Sequence[dict[str, Any]], load_image: Callable[[int], Image.Image], preset: Preset
+        self,
+        messages: Sequence[dict[str, Any]],
+        load_image: Callable[[int], Image.Image],
+        preset: Preset,
+        render: Callable[[ImageRef, Image.Image], Image.Image] = ImageRef.render,
     ) -> Encoded:
         """The opening of a conversation; see [`Encoder.prompt`]."""
-        refs, images = overviews(messages, load_image, preset, self.factor)
+        refs, images = overviews(messages, load_image, preset, self.factor, render)
         text = "\n".join(block.get("text", IMAGE_MARK) for message in messages for block in message["content"])
         return Encoded([], images, refs, text, list(messages))
 

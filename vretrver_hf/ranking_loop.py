@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from .agent import AgentLoop, AgentTask, Event
@@ -13,7 +13,7 @@ from .windows import WindowWalk
 
 
 if TYPE_CHECKING:
-    from .reranker import Reranker
+    from .reranker import Prompt, Reranker
 
 _WORSE = ("ok", "repaired", "fallback")
 
@@ -31,8 +31,10 @@ class RankingJob:
             As in [`Reranker`].
         top_k (`int`, *optional*):
             As in [`Reranker.rank`].
-        prompt (`list[dict]`, *optional*):
-            As in [`Reranker.rank`].
+        prompt (`list[dict]` or callable, *optional*):
+            As in [`RankRequest`].
+        passes (`int`, *optional*, defaults to 1):
+            As in [`Reranker`].
     """
 
     def __init__(
@@ -43,7 +45,8 @@ class RankingJob:
         window: int,
         stride: int,
         top_k: int | None = None,
-        prompt: list[dict[str, str]] | None = None,
+        prompt: Prompt | Callable[[Sequence[int]], Prompt] | None = None,
+        passes: int = 1,
     ):
         self.query_id = query_id
         self.query = query
@@ -54,7 +57,7 @@ class RankingJob:
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         self._top_k = top_k
-        self._walk = WindowWalk(len(candidates), window, stride)
+        self._walk = WindowWalk(len(candidates), window, stride, passes)
 
     def check(self) -> None:
         """Reads every picture once, so that a bad one is known before the model runs. Pixels are not kept."""
@@ -152,7 +155,7 @@ class RankingLoop:
                 query_id=job.query_id,
                 candidate_indices=indices,
                 tools=self._reranker.tools,
-                prompt=job.prompt,
+                prompt=job.prompt(indices) if callable(job.prompt) else job.prompt,
             )
         )
         return True

@@ -29,6 +29,32 @@ CONFIG_NAME = "reranker_config.json"
 ENGINES = ("transformers", "vllm", "openai")
 EngineName = Literal["transformers", "vllm", "openai"]
 
+Prompt = list[dict[str, str]]
+"""A data set's own prompt, `[{"role": …, "content": text with <image> marks}]`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RankRequest:
+    """
+    A query to be ranked among many.
+
+    Args:
+        query_id (`str`):
+            Names the query; no two of a job share one. Sampling depends on it.
+        query (`Item`, `str`, `Path`, `PIL.Image.Image` or `dict`):
+            The query.
+        candidates (iterable of the same):
+            The candidates.
+        prompt (`list[dict]` or callable, *optional*):
+            A data set's own prompt for these candidates, or what makes one for the candidates of a window, given
+            their 0-based indices in the window's order. The preset's `prompt_source` must be `"dataset"` then.
+    """
+
+    query_id: str
+    query: Any
+    candidates: Iterable[Any]
+    prompt: Prompt | Callable[[Sequence[int]], Prompt] | None = None
+
 
 class Reranker:
     """
@@ -47,6 +73,8 @@ class Reranker:
             How tokens are drawn; greedily by default.
         tools (`bool`, *optional*, defaults to `True`):
             Whether the model may call tools.
+        passes (`int`, *optional*, defaults to 1):
+            How often the windows are walked through.
 
     Example:
 
@@ -69,6 +97,7 @@ class Reranker:
         stride: int = 10,
         sampling: Sampling | None = None,
         tools: bool = True,
+        passes: int = 1,
     ):
         self.engine = engine
         self.preset = get_preset(preset)
@@ -76,8 +105,9 @@ class Reranker:
         self.stride = stride
         self.sampling = sampling or Sampling()
         self.tools = tools
+        self.passes = passes
         # Settings that cannot work are refused here, before any query.
-        WindowWalk(0, window, stride)
+        WindowWalk(0, window, stride, passes)
         VisualTools(None, [], preset=self.preset, factor=engine.encoder.factor)
         if self.sampling.max_turn_tokens >= engine.max_length:
             raise ValueError(
@@ -96,6 +126,7 @@ class Reranker:
         stride: int | None = None,
         sampling: Sampling | None = None,
         tools: bool | None = None,
+        passes: int = 1,
         revision: str | None = None,
         subfolder: str = "",
         **engine_kwargs: Any,
@@ -117,6 +148,8 @@ class Reranker:
                 Replace what is saved beside the model. A window without a stride moves by half its size.
             tools (`bool`, *optional*):
                 Whether the model may call tools; as saved beside the model, and else it may.
+            passes (`int`, *optional*, defaults to 1):
+                How often the windows are walked through.
             revision (`str`, *optional*):
                 Branch, tag or commit on the hub.
             subfolder (`str`, *optional*, defaults to `""`):
@@ -147,6 +180,7 @@ class Reranker:
             stride=stride,
             sampling=sampling or config.get("sampling"),
             tools=config.get("tools", True) if tools is None else tools,
+            passes=passes,
         )
 
     def rank(
@@ -157,7 +191,7 @@ class Reranker:
         top_k: int | None = None,
         on_event: Callable[[Event], None] | None = None,
         query_id: str = "0",
-        prompt: list[dict[str, str]] | None = None,
+        prompt: Prompt | None = None,
     ) -> Ranking:
         """
         Ranks the candidates for one query.
@@ -195,7 +229,7 @@ class Reranker:
         top_k: int | None = None,
         on_event: Callable[[Event], None] | None = None,
         query_id: str = "0",
-        prompt: list[dict[str, str]] | None = None,
+        prompt: Prompt | None = None,
     ) -> Iterator[Event | Ranking]:
         """
         Like [`Reranker.rank`], but yields each [`Event`] as it happens and the [`Ranking`] last. Closing the iterator
@@ -258,19 +292,41 @@ class Reranker:
         """
         from tqdm.auto import tqdm
 
-        if on_error not in ("raise", "record"):
-            raise ValueError(f"unknown on_error {on_error!r}: choose 'raise' or 'record'")
-        jobs = self._jobs(pairs, top_k, on_error)
+        requests = (RankRequest(str(index), *pair) for index, pair in enumerate(pairs))
         rankings: dict[str, Ranking] = {}
         total = len(pairs) if isinstance(pairs, Sequence) else None
         with tqdm(total=total, unit="query", disable=not show_progress_bar) as bar:
-            for ranking in self._drive(jobs, on_event):
-                if ranking is not None:
-                    if on_error == "raise":
-                        _raise_engine_failure(ranking)
-                    rankings[ranking.query_id] = ranking
-                    bar.update()
+            for ranking in self.rank_iter(requests, top_k=top_k, on_event=on_event, on_error=on_error):
+                rankings[ranking.query_id] = ranking
+                bar.update()
         return [rankings[str(index)] for index in range(len(rankings))]
+
+    def rank_iter(
+        self,
+        requests: Iterable[RankRequest],
+        *,
+        top_k: int | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        on_error: Literal["raise", "record"] = "raise",
+    ) -> Iterator[Ranking]:
+        """
+        Like [`Reranker.rank_batch`] for any number of queries: each ranking is handed over as it ends, not in order.
+
+        Only as many requests are taken as the engine has room for, so they may be endless or large.
+
+        Args:
+            requests (iterable of `RankRequest`):
+                The queries.
+            top_k (`int`, *optional*), on_event (`Callable[[Event], None]`, *optional*), on_error (`str`, *optional*):
+                As in [`Reranker.rank_batch`].
+        """
+        if on_error not in ("raise", "record"):
+            raise ValueError(f"unknown on_error {on_error!r}: choose 'raise' or 'record'")
+        for ranking in self._drive(self._jobs(requests, top_k, on_error), on_event):
+            if ranking is not None:
+                if on_error == "raise":
+                    _raise_engine_failure(ranking)
+                yield ranking
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Saves model, processor and the protocol's settings; [`Reranker.from_pretrained`] plays them as here."""
@@ -283,18 +339,20 @@ class Reranker:
         save_config(folder, self.preset, self.window, self.stride, self.sampling, self.tools)
 
     def _jobs(
-        self, pairs: Iterable[tuple[Any, Iterable[Any]]], top_k: int | None, on_error: Literal["raise", "record"]
+        self, requests: Iterable[RankRequest], top_k: int | None, on_error: Literal["raise", "record"]
     ) -> Iterator[RankingJob]:
-        for index, (query, candidates) in enumerate(pairs):
+        for request in requests:
+            query_id, query, candidates = request.query_id, request.query, request.candidates
             if on_error == "record" and not isinstance(candidates, Sequence):
                 candidates = list(candidates)
             try:
-                job = self._job(str(index), coerce_query(query), coerce_candidates(candidates), top_k)
+                items = coerce_candidates(candidates)
+                job = self._job(query_id, coerce_query(query), items, top_k, request.prompt)
                 job.check()
             except ItemError as error:
                 if on_error == "raise":
-                    raise ItemError(f"query {index}: {error}") from error
-                job = self._job(str(index), _salvaged(query, None), _salvaged_list(candidates), top_k)
+                    raise ItemError(f"query {query_id}: {error}") from error
+                job = self._job(query_id, _salvaged(query, None), _salvaged_list(candidates), top_k)
                 job.error = str(error)
             yield job
 
@@ -304,9 +362,9 @@ class Reranker:
         query: Item,
         candidates: list[Item],
         top_k: int | None,
-        prompt: list[dict[str, str]] | None = None,
+        prompt: Prompt | Callable[[Sequence[int]], Prompt] | None = None,
     ) -> RankingJob:
-        return RankingJob(query_id, query, candidates, self.window, self.stride, top_k, prompt)
+        return RankingJob(query_id, query, candidates, self.window, self.stride, top_k, prompt, self.passes)
 
     def _drive(self, jobs: Iterable[RankingJob], on_event: Callable[[Event], None] | None) -> Iterator[Ranking | None]:
         """Walks every job through its windows; yields after each step of the loop, a ranking or `None`."""

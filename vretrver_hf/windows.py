@@ -67,9 +67,11 @@ class WindowWalk:
             Candidates in a window.
         stride (`int`, *optional*, defaults to 10):
             Step from a window to the next.
+        passes (`int`, *optional*, defaults to 1):
+            How often the walk is taken, each time from the back: each pass brings further good ones to the front.
 
     Raises:
-        `ValueError`: as [`sliding_windows`].
+        `ValueError`: as [`sliding_windows`], or if `passes` is below 1.
 
     Example:
 
@@ -91,9 +93,11 @@ class WindowWalk:
     ```
     """
 
-    def __init__(self, n: int, size: int = 20, stride: int = 10) -> None:
+    def __init__(self, n: int, size: int = 20, stride: int = 10, passes: int = 1) -> None:
+        if passes < 1:
+            raise ValueError(f"passes must be at least 1, got {passes}")
         self._order = list(range(n))
-        self._windows = iter(sliding_windows(n, size, stride))
+        self._windows = iter(sliding_windows(n, size, stride) * passes)
         self._current: tuple[int, int] | None = None
 
     @property

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import demo, rank, sample, serve, synthesize
+from . import demo, evaluate, rank, report, retrieve, sample, serve, synthesize
 from .common import one_line
 
 
@@ -23,6 +23,9 @@ app = typer.Typer(
 )
 app.command(name="demo")(demo.demo)
 app.command(name="rank")(rank.rank)
+app.command(name="evaluate")(evaluate.evaluate)
+app.command(name="report")(report.report)
+app.command(name="retrieve")(retrieve.retrieve)
 app.command(name="sample")(sample.sample)
 app.command(name="serve")(serve.serve)
 app.command(name="synthesize")(synthesize.synthesize)

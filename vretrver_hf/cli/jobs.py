@@ -7,10 +7,11 @@ import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
+from ..tables import percent
 from .common import Mistake, one_line
 
 
@@ -68,6 +69,14 @@ def check_keep(rule: str) -> int | None:
         raise Mistake(f"--keep: {error}") from error
 
 
+def quiet_datasets() -> None:
+    """Keeps the library from talking: what goes wrong is told in one line."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+
+
 def load_data(data: str, split: str, image_root: Path | None, limit: int | None) -> tuple[Examples, list[str]]:
     """
     The queries of a data set and their ids.
@@ -79,8 +88,7 @@ def load_data(data: str, split: str, image_root: Path | None, limit: int | None)
 
     from ..data.examples import load_examples
 
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is told below
+    quiet_datasets()
     try:
         examples = load_examples(data, split=split, image_root=image_root, limit=limit)
         keys = examples.query_ids
@@ -126,9 +134,9 @@ def weights_digest(model: str | None) -> str:
     return digest.hexdigest()[:16]
 
 
-class Progress:
+class Bar:
     """
-    A bar on standard error that counts queries and says how much is accepted; in a log file it moves rarely.
+    A bar on standard error that counts queries and says how long it will take; in a log file it moves rarely.
 
     Args:
         keys (sequence of `str`):
@@ -149,26 +157,33 @@ class Progress:
         self._bar = tqdm(
             total=len(keys), initial=done, unit="query", desc=label, mininterval=patience, disable=not shown
         )
-        self._accepted = self._sampled = self._failed = 0
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
+    def step(self, note: str) -> None:
+        """Counts a query, and writes behind the bar how things stand."""
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update()
+
+
+class Progress(Bar):
+    """A bar that also says how much is accepted; see [`Bar`]."""
+
+    _accepted = _sampled = _failed = 0
+
     def add(self, verdicts: Sequence[str | None] | None) -> None:
         """Counts a query by why its trajectories were rejected, if they were; `None` for a query that failed."""
-        from ..data.rejection import percent
-
         if verdicts is None:
             self._failed += 1
         else:
             self._accepted += list(verdicts).count(None)
             self._sampled += len(verdicts)
         failed = f", {self._failed} failed" if self._failed else ""
-        self._bar.set_postfix_str(f"accepted {percent(self._accepted, self._sampled)}{failed}", refresh=False)
-        self._bar.update()
+        self.step(f"accepted {percent(self._accepted, self._sampled)}{failed}")
 
 
 def tell(summary: Summary, out: Path, reasons: Mapping[str, str] | None = None) -> None:

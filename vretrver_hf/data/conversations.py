@@ -20,7 +20,8 @@ from ..images import ImageRef, ItemError
 from ..items import Item
 from ..protocol import IMAGE_MARK, Preset
 from ..trajectory import Trajectory, Turn
-from .examples import RerankExample, load_examples, open_dataset, write_examples
+from .examples import RerankExample, load_examples, write_examples
+from .vretrver import ImageRoot, open_dataset
 
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ class MessageConversations(Conversations):
             )
         self._column = columns[0]
         self._dataset = dataset.with_format("arrow")  # pictures as they are stored: decoding names the broken ones
-        self._encoder, self._image_root, self._name = encoder, image_root, name
+        self._encoder, self._images, self._name = encoder, ImageRoot(image_root), name
         self._overview, self._inspect = preset, dataclasses.replace(preset, overview_pixels=None)
 
     def __len__(self) -> int:
@@ -334,9 +335,7 @@ class MessageConversations(Conversations):
         """The picture's bytes, or its path from `image_root`."""
         if isinstance(image, Mapping):
             image = image.get("bytes") or image.get("path")
-        if isinstance(image, str) and self._image_root is not None and image[:5] != "data:":
-            return os.path.join(self._image_root, image)
-        return image
+        return self._images.find(image) if isinstance(image, str) else image
 
 
 class Records(Sequence[TrajectoryRecord]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import itertools
@@ -14,6 +15,7 @@ from ..agent import AgentTask
 from ..images import ItemError
 from ..items import Item
 from ..protocol import get_preset
+from .vretrver import ImageRoot, ReleasedRow, ReleasedRows, open_dataset, read_row
 
 
 if TYPE_CHECKING:
@@ -104,20 +106,16 @@ class RerankExample:
 
 
 def example_from_row(
-    row: Mapping[str, Any], image_root: str | os.PathLike[str] | None = None, where: str = ""
+    row: Mapping[str, Any], image_root: str | os.PathLike[str] | ImageRoot | None = None, where: str = ""
 ) -> RerankExample:
     """
-    Reads a row of the released training and evaluation sets.
-
-    `extra_info` says what there is: `qid`, `query_text` and `query_image`, `candidate_texts` and `candidate_images`
-    (`""` or `None` where absent, an empty list where all are), `ground_truth_position` (1-based, one or a list) and
-    `num_candidates`. `images` lists the pictures, the query's first; bytes in there win over the paths.
+    Reads a row of the released training and evaluation sets; see [`~vretrver_hf.data.vretrver.read_row`].
 
     Args:
         row (mapping):
             The row.
-        image_root (`str` or `os.PathLike`, *optional*):
-            Folder that relative paths start from.
+        image_root (`str`, `os.PathLike` or `ImageRoot`, *optional*):
+            Where relative paths start from.
         where (`str`, *optional*, defaults to `""`):
             What error messages call the row, such as `"train.parquet, row 3"`.
 
@@ -136,7 +134,7 @@ def example_from_row(
     ```
     """
     try:
-        return _read_row(row, image_root)
+        return _example(read_row(row, image_root))
     except ValueError as error:
         raise ValueError(f"{where}: {error}" if where else str(error)) from error
 
@@ -240,7 +238,7 @@ def load_examples(
         split (`str`, *optional*, defaults to `"train"`):
             Split of a folder or of a data set on the hub; a single file is one split.
         image_root (`str` or `os.PathLike`, *optional*):
-            Folder that relative picture paths start from; the folder of a local source by default.
+            Folder or zip archive that relative picture paths start from; the folder of a local source by default.
         limit (`int`, *optional*):
             Most examples, from the first.
 
@@ -254,35 +252,6 @@ def load_examples(
     return Examples(dataset, folder if image_root is None else image_root, str(source))
 
 
-def open_dataset(source: str | os.PathLike[str], split: str) -> tuple[datasets.Dataset, Path | None]:
-    """
-    Opens a data set, and says in which folder a local one lies.
-
-    Args:
-        source (`str` or `os.PathLike`):
-            A parquet, JSON or JSONL file, a folder of parquet files, or a data set on the hub.
-        split (`str`):
-            Split of a folder or of a data set on the hub; a single file is one split.
-
-    Raises:
-        `ValueError`: if the file is of another kind.
-        `FileNotFoundError`: if what looks like a file does not exist.
-    """
-    from datasets import load_dataset
-
-    path = Path(source)
-    if path.is_dir():
-        return load_dataset("parquet", data_dir=str(path), split=split), path
-    kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(path.suffix.lower())
-    if path.is_file():
-        if kind is None:
-            raise ValueError(f"{path} is neither a .parquet, .json or .jsonl file nor a folder of parquet files")
-        return load_dataset(kind, data_files=str(path), split="train"), path.parent
-    if kind is not None or path.is_absolute():
-        raise FileNotFoundError(f"{path} does not exist")
-    return load_dataset(str(source), split=split), None
-
-
 class Examples(Sequence[RerankExample]):
     """
     The rows of a data set as [`RerankExample`]s, each read when it is asked for.
@@ -290,22 +259,24 @@ class Examples(Sequence[RerankExample]):
     Args:
         dataset (`datasets.Dataset`):
             Rows of the released schema.
-        image_root (`str` or `os.PathLike`, *optional*):
-            Folder that relative picture paths start from.
+        image_root (`str`, `os.PathLike` or `ImageRoot`, *optional*):
+            Where relative picture paths start from.
         name (`str`, *optional*, defaults to `"data set"`):
             What error messages call it.
     """
 
     def __init__(
-        self, dataset: datasets.Dataset, image_root: str | os.PathLike[str] | None = None, name: str = "data set"
+        self,
+        dataset: datasets.Dataset,
+        image_root: str | os.PathLike[str] | ImageRoot | None = None,
+        name: str = "data set",
     ):
-        # As Arrow, rows come with pictures as they are stored: decoding is the item's business, which names failures.
-        self._dataset = dataset.with_format("arrow")
-        self._image_root = image_root
+        self.rows = ReleasedRows(dataset, image_root, name)
+        """The rows that the examples are made of."""
         self._name = name
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.rows)
 
     @overload
     def __getitem__(self, index: int) -> RerankExample: ...
@@ -313,116 +284,30 @@ class Examples(Sequence[RerankExample]):
     def __getitem__(self, index: slice) -> Examples: ...
     def __getitem__(self, index: int | slice) -> RerankExample | Examples:
         if isinstance(index, slice):
-            part = self._dataset.select(range(*index.indices(len(self))))
-            return Examples(part, self._image_root, self._name)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{self._name} has {len(self)} rows, there is no row {index}")
-        (row,) = self._dataset[index].to_pylist()
-        return example_from_row(row, self._image_root, where=f"{self._name}, row {index}")
+            part = copy.copy(self)
+            part.rows = self.rows[index]
+            return part
+        row = self.rows[index]
+        try:
+            return _example(row)
+        except ValueError as error:
+            raise ValueError(f"{self._name}, row {index}: {error}") from error
 
     @property
     def query_ids(self) -> list[str]:
         """Every row's query id, read without the pictures."""
-        rows = self._dataset.select_columns(["extra_info"])[:]["extra_info"].to_pylist()
-        return [str(row["qid"]) for row in rows]
+        return self.rows.query_ids
 
 
-def _read_row(row: Mapping[str, Any], image_root: str | os.PathLike[str] | None) -> RerankExample:
-    info = _field(row, "extra_info", Mapping)
-    query_id = info.get("qid")
-    if not isinstance(query_id, (str, int)) or query_id == "":
-        raise ValueError(f"extra_info.qid must be a string, got {query_id!r}")
-    count = _field(info, "num_candidates", int, "extra_info.")
-    texts = [info.get("query_text"), *_column(info, "candidate_texts", count)]
-    paths = [info.get("query_image"), *_column(info, "candidate_images", count)]
-    ids = [None, *_column(info, "candidate_ids", count)]
-    images = _images(row.get("images"), paths, image_root)
-    items = []
-    for number, (text, image, item_id) in enumerate(zip(texts, images, ids, strict=True)):
-        name = f"candidate {number}" if number else "query"
-        items.append(Item.coerce({"text": text, "image": image, "id": item_id or None}, name=name))
+def _example(row: ReleasedRow) -> RerankExample:
     return RerankExample(
-        query_id=str(query_id),
-        query=items[0],
-        candidates=items[1:],
-        positives=_positives(info.get("ground_truth_position"), count),
-        data_source=row.get("data_source") or "",
-        prompt=_prompt(row.get("prompt")),
+        query_id=row.query_id,
+        query=row.query,
+        candidates=row.candidates,
+        positives=row.positives,
+        data_source=row.data_source,
+        prompt=row.prompt,
     )
-
-
-def _field(row: Mapping[str, Any], name: str, kind: type, prefix: str = "") -> Any:
-    value = row.get(name)
-    if not isinstance(value, kind):
-        word = "an integer" if kind is int else "a mapping"
-        raise ValueError(f"{prefix}{name} must be {word}, got {value!r:.80}")
-    return value
-
-
-def _column(info: Mapping[str, Any], name: str, count: int) -> list[Any]:
-    """One value a candidate. Shorter lists are refused: nobody could say whose values are missing."""
-    values = info.get(name)
-    if values is None or len(values) == 0:
-        return [None] * count
-    if len(values) != count:
-        raise ValueError(f"extra_info.{name} has {len(values)} entries for {count} candidates; write '' where absent")
-    return list(values)
-
-
-def _images(listed: Any, paths: list[Any], image_root: str | os.PathLike[str] | None) -> list[Any]:
-    """The picture of the query and of each candidate, `None` where there is none."""
-    present = [number for number, path in enumerate(paths) if path]
-    sources = [None] * len(paths)
-    for number in present:
-        sources[number] = _resolve(paths[number], image_root)
-    if listed is None or len(listed) == 0:
-        return sources
-    if len(listed) != len(present):
-        raise ValueError(
-            f"images has {len(listed)} entries but extra_info names {len(present)} pictures "
-            "(query_image and candidate_images)"
-        )
-    for number, entry in zip(present, listed, strict=True):
-        sources[number] = _embedded(entry) or sources[number]
-    return sources
-
-
-def _embedded(entry: Any) -> Any:
-    """What an entry of `images` holds besides a path."""
-    if isinstance(entry, Mapping) and "image" in entry:
-        entry = entry["image"]
-    if isinstance(entry, Mapping):
-        entry = entry.get("bytes")
-    return None if isinstance(entry, (str, os.PathLike)) else entry
-
-
-def _resolve(path: Any, image_root: str | os.PathLike[str] | None) -> Any:
-    if not isinstance(path, (str, os.PathLike)):
-        raise ValueError(f"the path of a picture must be a string, got {type(path).__name__}")
-    if image_root is None or os.fspath(path)[:5] == "data:":
-        return path
-    return os.path.join(image_root, path)
-
-
-def _positives(value: Any, count: int) -> list[int]:
-    positions = value if isinstance(value, (list, tuple)) else [value]
-    if not positions or not all(type(position) is int and 1 <= position <= count for position in positions):
-        raise ValueError(
-            f"extra_info.ground_truth_position must be a candidate's number, 1..{count}, or a list of them, "
-            f"got {value!r:.80}"
-        )
-    return [position - 1 for position in positions]
-
-
-def _prompt(value: Any) -> list[dict[str, str]] | None:
-    if value is None or len(value) == 0:
-        return None
-    messages = []
-    for message in value:
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f"prompt must be a list of messages with role and content as text, got {message!r:.80}")
-        messages.append({"role": message["role"], "content": message["content"]})
-    return messages
 
 
 def _batches(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

@@ -22,6 +22,7 @@ from ..engines.base import Engine, Sampling
 from ..items import Item
 from ..journal import Journal, Shard
 from ..protocol import Preset
+from ..tables import markdown_table, percent
 from ..trajectory import Trajectory
 from .conversations import TrajectoryRecord, write_records
 from .examples import RerankExample
@@ -459,43 +460,6 @@ def settings_section(summary: Summary, settings: Mapping[str, Any]) -> str:
     """The end of a data card: queries that failed, and what the data were made with."""
     block = json.dumps(settings, indent=2, ensure_ascii=False)
     return f"{_error_section(summary.errors)}\n## Settings\n\n```json\n{block}\n```"
-
-
-def markdown_table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
-    """
-    A Markdown table that reads well as plain text too: the first column left, numbers right.
-
-    Example:
-
-    ```python
-    >>> from vretrver_hf.data.rejection import markdown_table
-
-    >>> print(markdown_table(["fruit", "count"], [["apple", 12], ["fig", 3]]))
-    | fruit | count |
-    |-------|------:|
-    | apple |    12 |
-    | fig   |     3 |
-
-    ```
-    """
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = [len(cells) > 1 and all(cell[:1].isdigit() for cell in column[1:]) for column in zip(*cells, strict=True)]
-    right[0] = False
-    lines = [
-        " | ".join(
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        )
-        for row in cells
-    ]
-    rule = "|".join("-" * (width + 1) + (":" if r else "-") for width, r in zip(widths, right, strict=True))
-    return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
-
-
-def percent(part: int, whole: int) -> str:
-    """Such as `"12.5 %"`; a dash where there is nothing to share."""
-    return f"{100 * part / whole:.1f} %" if whole else "–"
 
 
 def modalities(example: RerankExample) -> str:

@@ -76,7 +76,9 @@ class Worker:
     def job(self, query: Item, candidates: list[Item]) -> RankingJob:
         """A query to be submitted."""
         reranker = self._reranker
-        return RankingJob(str(next(self._numbers)), query, candidates, reranker.window, reranker.stride)
+        return RankingJob(
+            str(next(self._numbers)), query, candidates, reranker.window, reranker.stride, passes=reranker.passes
+        )
 
     def submit(self, job: RankingJob) -> Future[Ranking]:
         """

@@ -1,0 +1,241 @@
+"""The released files, with the rows that break hasty readers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from vretrver_hf import Item
+from vretrver_hf.data.examples import load_examples
+from vretrver_hf.data.vretrver import ImageRoot, PromptTemplate, read_row, stream_rows
+
+
+def png(color: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def evaluation_row(hits=(("h1.png", ""), ("", "b"), ("3.png", "c")), **info) -> dict:
+    """
+    A row of the released evaluation files: no query picture, a text-only candidate between two with pictures, a text
+    that names the prompt's own headings, and coarse results of which the third is the right one.
+    """
+    texts = ["Candidates:(1) <image>x Guidelines: none", "b", "c"]
+    shown = f"Candidates:(1) <image>{texts[0]}(2) {texts[1]}(3) <image>{texts[2]}"
+    return {
+        "data_source": "mbeir_cirr_task7",
+        "prompt": [
+            {"role": "system", "content": "You rank."},
+            {"role": "user", "content": f"Query: Candidates: of what? {shown}\n\nGuidelines: rank all."},
+        ],
+        "images": [{"image": "1.png"}, {"image": "3.png"}],
+        "ability": "rerank",
+        "reward_model": {"style": "rule", "ground_truth": "3"},
+        "extra_info": {
+            "qid": "9:1",
+            "ground_truth_position": 3,
+            "num_candidates": 3,
+            "query_image": "",
+            "query_text": "Candidates: of what?",
+            "candidate_images": ["1.png", "", "3.png"],
+            "candidate_texts": texts,
+            "images": ["1.png", "3.png"],
+        }
+        | info,
+        "hit": [{"candidate_images": image, "candidate_texts": text} for image, text in hits],
+    }
+
+
+class TestRows:
+    def test_images_and_texts_stay_in_step(self):
+        row = read_row(evaluation_row(), "/r")
+        assert row.query == Item(text="Candidates: of what?")
+        assert [(item.image, item.text) for item in row.candidates] == [
+            ("/r/1.png", "Candidates:(1) <image>x Guidelines: none"),
+            (None, "b"),
+            ("/r/3.png", "c"),
+        ]
+        assert [(item.image, item.text) for item in row.hits] == [("/r/h1.png", None), (None, "b"), ("/r/3.png", "c")]
+        assert row.positives == [2] and row.hit_positives == [2]
+
+    @pytest.mark.parametrize(
+        ("hits", "found"),
+        [
+            ([("1.png", "c"), ("3.png", "")], []),  # half of the right one is not the right one
+            ([("3.png", "c"), ("x.png", ""), ("3.png", "c")], [0, 2]),  # the pool holds it twice
+            ([("", "b")], []),  # fewer hits than any window
+        ],
+    )
+    def test_the_positive_among_the_hits(self, hits, found):
+        row = read_row(evaluation_row(hits))
+        assert row.hit_positives == found and len(row.hits) == len(hits)
+
+    @pytest.mark.parametrize("hits", [[], None])
+    def test_no_hits(self, hits):
+        row = read_row(evaluation_row() | {"hit": hits})
+        assert row.hits is None and row.hit_positives == []
+
+    def test_hits_inside_extra_info(self):
+        row = evaluation_row()
+        row["extra_info"]["hit"] = row.pop("hit")
+        assert len(read_row(row).hits) == 3
+
+    @pytest.mark.parametrize(
+        ("hit", "reason"),
+        [
+            (["3.png"], r"hit\[0\] must be a mapping, got '3.png'"),
+            ([{"candidate_images": "", "candidate_texts": ""}], r"hit\[0\]: an item needs text, an image, or both"),
+            ([{"candidate_images": 3, "candidate_texts": ""}], "the path of a picture must be a string"),
+        ],
+    )
+    def test_bad_hits(self, hit, reason):
+        with pytest.raises(ValueError, match=reason):
+            read_row(evaluation_row() | {"hit": hit})
+
+
+class TestStreaming:
+    @pytest.mark.parametrize("kind", ["parquet", "jsonl", "folder"])
+    def test_yields_every_row(self, tmp_path, kind):
+        rows = [evaluation_row(qid=f"9:{number}") for number in range(5)]
+        if kind == "jsonl":
+            source = tmp_path / "rows.jsonl"
+            source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            source = tmp_path / ("rows.parquet" if kind == "parquet" else "data/test-00000.parquet")
+            source.parent.mkdir(exist_ok=True)
+            datasets.Dataset.from_list(rows).to_parquet(source)
+            source = source if kind == "parquet" else source.parent
+        read = list(stream_rows(source, image_root=tmp_path / "pictures"))
+        assert [row.query_id for row in read] == [f"9:{number}" for number in range(5)]
+        assert read[4] == read_row(rows[4], tmp_path / "pictures")
+
+    def test_pictures_lie_beside_a_local_file(self, tmp_path):
+        datasets.Dataset.from_list([evaluation_row()]).to_parquet(tmp_path / "rows.parquet")
+        (row,) = stream_rows(tmp_path / "rows.parquet")
+        assert row.candidates[0].image == str(tmp_path / "1.png")
+
+    def test_a_bad_row_is_named(self, tmp_path):
+        rows = [evaluation_row(), evaluation_row(ground_truth_position=4)]
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+        with pytest.raises(
+            ValueError, match=r"rows.parquet, row 1: extra_info.ground_truth_position must be .* got 4"
+        ):
+            list(stream_rows(tmp_path / "rows.parquet"))
+
+
+class TestImageRoot:
+    @pytest.fixture
+    def root(self, tmp_path) -> Path:
+        (tmp_path / "sets" / "cirr").mkdir(parents=True)
+        (tmp_path / "sets" / "cirr" / "1.png").write_bytes(png("red"))
+        with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
+            archive.writestr("cirr/2.png", png("green"))
+            archive.writestr("more/cirr/3.png", png("blue"))
+        return tmp_path
+
+    def test_a_folder(self, root):
+        assert ImageRoot(root).find("sets/cirr/1.png") == str(root / "sets/cirr/1.png")
+
+    def test_an_archive_in_it_or_as_it(self, root):
+        for place in (root, root / "more.zip"):
+            assert ImageRoot(place).find("cirr/2.png") == png("green")
+            assert ImageRoot(place).find("cirr/3.png") == png("blue")  # the archive was made of a folder of its name
+
+    def test_the_paths_of_another_machine(self, root):
+        assert ImageRoot(root).find("/home/someone/data/sets/cirr/1.png") == str(root / "sets/cirr/1.png")
+        assert ImageRoot(root).find("/home/someone/data/cirr/2.png") == png("green")
+
+    def test_what_is_missing_keeps_its_name(self, root):
+        assert ImageRoot(root).find("none.png") == str(root / "none.png")
+        assert ImageRoot(root).find("/elsewhere/none.png") == "/elsewhere/none.png"
+        assert ImageRoot().find("none.png") == "none.png"
+
+    def test_tails_do_not_climb_out(self, root):
+        (root.parent / "secret.png").write_bytes(png("red"))
+        path = "/nowhere/../secret.png"
+        assert ImageRoot(root).find(path) == path
+
+    def test_in_a_worker(self, root):
+        first = ImageRoot(root)
+        assert first.find("cirr/2.png") == png("green")
+        assert copy.deepcopy(first).find("cirr/2.png") == png("green")
+
+    def test_no_archive(self, root):
+        (root / "notes.txt").write_text("hello")
+        with pytest.raises(ValueError, match="neither a folder nor a zip archive"):
+            ImageRoot(root / "notes.txt")
+
+    def test_examples_read_from_archives(self, root):
+        row = evaluation_row(candidate_images=["cirr/2.png", "", "/x/cirr/3.png"]) | {"images": None}
+        datasets.Dataset.from_list([row]).to_parquet(root / "rows.parquet")
+        (example,) = load_examples(root / "rows.parquet")
+        assert [item.image for item in example.candidates] == [png("green"), None, png("blue")]
+
+
+class TestPromptTemplate:
+    def test_the_rows_own_candidates_give_the_rows_own_prompt(self):
+        row = read_row(evaluation_row())
+        assert PromptTemplate(row.prompt, row.candidates).show(row.candidates) == row.prompt
+
+    def test_other_candidates_in_the_same_words(self):
+        row = read_row(evaluation_row())
+        system, user = PromptTemplate(row.prompt, row.candidates).show([Item(text="n"), Item(image="9.png")])
+        assert system == row.prompt[0]
+        assert user["content"] == "Query: Candidates: of what? Candidates:(1) n(2) <image>\n\nGuidelines: rank all."
+
+    @pytest.mark.parametrize("separator", ["", "\n", " \n\n"])
+    @pytest.mark.parametrize("lead", ["", " "])
+    def test_any_layout(self, separator, lead):
+        items = [Item(text="a (2) b", image="1.png"), Item(image="2.png"), Item(text="c")]
+        shown = [f"(1){lead}<image>a (2) b", f"(2){lead}<image>", f"(3){lead}c"]
+        prompt = [{"role": "user", "content": "Candidates:\n" + separator.join(shown) + "\nGuidelines"}]
+        template = PromptTemplate(prompt, items)
+        assert template.show(items) == prompt
+        assert template.show(items[2:])[0]["content"] == f"Candidates:\n(1){lead}c\nGuidelines"
+
+    def test_a_prompt_of_other_candidates(self):
+        row = read_row(evaluation_row())
+        with pytest.raises(ValueError, match="prompt does not show the row's 2 candidates"):
+            PromptTemplate(row.prompt, [Item(text="other"), Item(text="b")])
+        with pytest.raises(ValueError, match="0 candidates"):
+            PromptTemplate(row.prompt, [])
+
+    texts = st.text(st.sampled_from("ab(12) <image>:\\.*"), max_size=12)
+    items = st.lists(
+        st.tuples(texts, st.booleans()).filter(lambda pair: pair[0].strip() or pair[1]), min_size=1, max_size=6
+    )
+
+    @given(items, items)
+    def test_whatever_the_texts_say(self, first, second):
+        def show(items):
+            return "".join(
+                f"({n}) {'<image>' if item.image else ''}{item.text or ''}\n" for n, item in enumerate(items, 1)
+            )
+
+        one, two = (
+            [Item(text=t.strip() or None, image="p.png" if p else None) for t, p in x] for x in (first, second)
+        )
+        prompt = [{"role": "user", "content": f"Query: q\nCandidates:\n{show(one)}Guidelines: rank"}]
+        shown = PromptTemplate(prompt, one).show(two)[0]["content"]
+        if len(one) > 1:  # with a single candidate nobody can see what stands between two
+            assert shown == f"Query: q\nCandidates:\n{show(two)}Guidelines: rank"
+
+
+@pytest.mark.skipif(
+    not os.environ.get("RELEASED_EVAL_FILE"), reason="set RELEASED_EVAL_FILE to a released parquet file"
+)
+def test_a_released_file():
+    for row in stream_rows(os.environ["RELEASED_EVAL_FILE"]):
+        if row.prompt is not None:
+            assert PromptTemplate(row.prompt, row.candidates).show(row.candidates) == row.prompt
