@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import demo, rank, sample, synthesize
+from . import demo, push, rank, sample, synthesize
 from .common import one_line
 
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command(name="demo")(demo.demo)
 app.command(name="rank")(rank.rank)
+app.add_typer(push.push, name="push")
 app.command(name="sample")(sample.sample)
 app.command(name="synthesize")(synthesize.synthesize)
 
