@@ -149,6 +149,8 @@ class TransformersEngine(Engine):
             asked = [session for session in sessions if session in self._done]
             if asked:
                 return [self._done.pop(session) for session in asked]
+            if self.on_token is not None:
+                self.on_token()
             results = self._prefill()
             if not results:
                 if not any(session.decoding for session in self._rows):
