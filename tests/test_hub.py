@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -322,6 +323,24 @@ print(from_row(rows[1]).item(0).load_image().size)
     def test_a_folder_without_records(self, client, tmp_path):
         told = client("push", "trajectories", tmp_path, "someone/traces", "--license", "mit", fails=True)
         assert "has no trajectories.jsonl" in told
+
+
+class TestPushSpace:
+    def test_everything_that_runs_there_goes_along(self, hub, client):
+        client("push", "space", "someone/rerank", "--public")
+        repo = hub.repos["space", "someone/rerank"]
+        assert repo.sdk == "gradio" and not repo.private
+        wanted = {"app.py", "runs.py", "README.md", "requirements.txt", "vretrver_hf/__init__.py"}
+        wanted |= {"vretrver_hf/assets/vretrver-tiny/config.json", "vretrver_hf/assets/trace.css"}
+        assert wanted <= set(repo.files())
+        assert not [path for path in repo.files() if path.endswith(".pyc")]
+
+    def test_it_installs_what_the_package_needs(self):
+        """The Space has the package itself, so its requirements must name what the package depends on."""
+        root = Path(__file__).parents[1]
+        project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        needed = [*project["dependencies"], *project["optional-dependencies"]["space"]]
+        assert (root / "spaces/rerank/requirements.txt").read_text(encoding="utf-8").split() == needed
 
 
 def _digest(path: Path) -> str:

@@ -442,6 +442,37 @@ def trajectories_push(
         yield Push(repo_id, "dataset", Path(staged), **options)
 
 
+@contextlib.contextmanager
+def space_push(repo_id: str, *, folder: str | Path | None = None, **options: Any) -> Iterator[Push]:
+    """
+    Makes the Space ready to be pushed: its app, and beside it this package with the bundled model, so that what runs
+    there is what ran here.
+
+    Args:
+        repo_id (`str`):
+            `"owner/name"`.
+        folder (`str` or `Path`, *optional*):
+            The app; the one that comes with the package by default.
+        options:
+            Further settings of [`Push`].
+    """
+    package = Path(__file__).parent
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "space")
+    with tempfile.TemporaryDirectory() as staged:
+        shutil.copytree(_space_folder() if folder is None else folder, staged, dirs_exist_ok=True, ignore=ignored)
+        shutil.copytree(package, Path(staged, package.name), ignore=ignored)
+        yield Push(repo_id, "space", Path(staged), **options)
+
+
+def _space_folder() -> Path:
+    """The app's folder: in an installed package among the assets, in a checkout beside the package."""
+    package = Path(__file__).parent
+    for folder in (package / "assets" / "space", package.parent / "spaces" / "rerank"):
+        if (folder / "app.py").is_file():
+            return folder
+    raise ValueError("the Space's app is missing; install the package again")
+
+
 def copy_documents(source: str | Path, folder: str | Path) -> None:
     """Copies what says how a model came about, from the folder it was loaded from to one where it was saved again."""
     for pattern in ("README.md", "training.json", "evaluation.json", "ATTRIBUTION.md", "LICENSE*", "LICENSES/*"):

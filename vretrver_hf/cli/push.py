@@ -128,6 +128,26 @@ def trajectories(
         _run(hub.trajectories_push(folder, repo, license=license, attribution=attribution, **options), dry_run)
 
 
+@push.command()
+def space(
+    repo: RepoArgument,
+    public: PublicOption = False,
+    revision: RevisionOption = "main",
+    overwrite: OverwriteOption = False,
+    message: MessageOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """
+    Push the Space: its app, this package and the bundled model.
+
+    Example: `vretrver push space someone/rerank --dry-run`
+    """
+    from .. import hub
+
+    with _mistakes():
+        _run(hub.space_push(repo, **_options(public, revision, overwrite, message)), dry_run)
+
+
 def _options(public: bool, revision: str, overwrite: bool, message: str | None) -> dict:
     return {"private": not public, "revision": revision, "overwrite": overwrite, "message": message}
 
