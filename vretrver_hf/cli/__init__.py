@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import demo, push, rank, sample, synthesize
+from . import demo, push, rank, sample, synthesize, view
 from .common import one_line
 
 
@@ -26,6 +26,7 @@ app.command(name="rank")(rank.rank)
 app.add_typer(push.push, name="push")
 app.command(name="sample")(sample.sample)
 app.command(name="synthesize")(synthesize.synthesize)
+app.command(name="view")(view.view)
 
 
 @app.callback(invoke_without_command=True)
