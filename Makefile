@@ -1,5 +1,6 @@
 # make demo      install into .venv and watch the bundled model rank pictures
 # make test      the tests
+# make test-browser  the tests of the Space in a real Chromium, which must be installed; leaves pictures in outputs/browser
 # make test-vllm the tests that need the real vLLM, which runs on the CPU in an environment of its own (2.5 GB)
 # make test-data the rules of the example's data, on the real data (fetches and renders them first: needs npm)
 # make quality   style of the code
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
-.PHONY: demo test test-vllm test-data quality build clean
+.PHONY: demo test test-browser test-vllm test-data quality build clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/vretrver demo $(ARGS)
@@ -17,6 +18,9 @@ demo: $(VENV)/.installed
 # Models in tests are so small that a second thread only waits for the first.
 test: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+test-browser: $(VENV)/.installed-test-browser
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -o addopts=-ra tests/browser $(ARGS)
 
 test-vllm: $(VENV)-vllm/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/vllm_cpu $(ARGS)
@@ -47,6 +51,10 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+$(VENV)/.installed-test-browser: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-browser]"
 	touch $@
 
 $(VENV)-vllm/.installed: pyproject.toml tests/vllm_cpu/environment.sh

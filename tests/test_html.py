@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import re
 from html.parser import HTMLParser
 from io import BytesIO
 
 import pytest
 from PIL import Image, ImageDraw
 
-from vretrver_hf.html import ranking_html, rankings_html
+from vretrver_hf.agent import Event
+from vretrver_hf.html import LiveTrace, items_fragment, ranking_fragment, ranking_html, rankings_html, trace_css
 from vretrver_hf.items import Item
 from vretrver_hf.parsing import parse_ranking, parse_turn
 from vretrver_hf.protocol import format_answer, format_call, format_turn, get_preset, last_word, malformed_observation
@@ -391,3 +393,46 @@ class TestSeveral:
 
     def test_none(self):
         assert "Rankings" in Page(rankings_html([])).words
+
+
+class TestPieces:
+    """What the Space and the viewer put into pages of their own."""
+
+    def test_a_trace_under_way(self):
+        preset = get_preset("release")
+        live = LiveTrace(QUERY, CANDIDATES, preset)
+        tools = VisualTools(QUERY.load_image(), [None, CANDIDATES[1].load_image(), None], preset=preset)
+        arguments = {"bbox_2d": [100, 100, 300, 300], "target_image": 2}
+        seen = tools.call("crop_image", arguments)
+        assert live.add(Event("window", "0", order=(0, 1, 2)))
+        assert not live.add(Event("thought", "0", text="Now <the> patch."))
+        assert not live.add(Event("call", "0", call={"name": "crop_image", "arguments": arguments}))
+        assert live.add(Event("observation", "0", text=seen.text, valid=True, refs=tuple(seen.refs)))
+        page = Page(live.html("at work"))
+        assert "Now <the> patch. Looks at a region of candidate 2" in page.words and page.words.endswith("at work")
+        assert page.find("rect", class_="asked")[0]["x"] == "100"
+        assert live.add(Event("answer", "0", order=(1, 2, 0), status="ok"))
+        assert "Answers [2, 3, 1]" in Page(live.html()).words
+
+    def test_a_turn_that_is_no_use(self):
+        live = LiveTrace(QUERY, CANDIDATES, get_preset("release"))
+        live.add(Event("window", "0", order=(0, 1, 2)))
+        live.add(Event("observation", "0", text="Malformed turn.", valid=False))
+        live.add(Event("answer", "0", order=(0, 1, 2), status="fallback"))
+        words = Page(live.html()).words
+        assert "cannot be used" in words and "It is told: Malformed turn." in words and "no usable answer" in words
+
+    def test_pieces_have_one_root_and_no_styles(self):
+        ranking = make_ranking(QUERY, CANDIDATES, [answer(2, 3, 1)])
+        for piece in (ranking_fragment(ranking, title="T", positive=1, key="a-"), items_fragment(QUERY, CANDIDATES)):
+            page = Page(piece)
+            assert page.elements[0] == ("div", {"class": "vretrver"}) and not page.find("style")
+        assert "Right: candidate 2" in Page(ranking_fragment(ranking, positive=1)).words
+
+    def test_styles_stay_inside(self):
+        rules = re.sub(r"/\*.*?\*/", "", trace_css(), flags=re.DOTALL)
+        depth, outside = 0, ""
+        for letter in rules:
+            depth += (letter == "{") - (letter == "}")
+            outside += letter if depth == 0 and letter != "}" else ""
+        assert all(".vretrver" in part or "@media" in part for part in outside.split("\n") if part.strip())

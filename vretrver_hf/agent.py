@@ -95,6 +95,8 @@ class Event:
             Whether an observation shows evidence (`True`) or says what was wrong (`False`).
         images (`tuple[PIL.Image.Image, …]`, *optional*):
             Pictures that the model now sees.
+        refs (`tuple[ImageRef, …]`, *optional*):
+            Which image each of them shows, and which region of it.
         order (`tuple[int, …]`, *optional*):
             See `kind`.
         status (`str`, *optional*):
@@ -107,6 +109,7 @@ class Event:
     call: dict[str, Any] | None = None
     valid: bool | None = None
     images: tuple[Image.Image, ...] = ()
+    refs: tuple[ImageRef, ...] = ()
     order: tuple[int, ...] | None = None
     status: str | None = None
 
@@ -282,7 +285,14 @@ class AgentLoop:
         if observation is None:
             return True
         self._on_event(
-            Event("observation", query_id, observation.text, valid=observation.valid, images=tuple(observation.images))
+            Event(
+                "observation",
+                query_id,
+                observation.text,
+                valid=observation.valid,
+                images=tuple(observation.images),
+                refs=tuple(observation.refs),
+            )
         )
         started = time.perf_counter()
         encoded = encoder.observation(observation)

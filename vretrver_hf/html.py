@@ -16,12 +16,14 @@ from .images import ImageRef, ItemError
 from .parsing import parse_turn
 from .protocol import Preset
 from .tools import VisualTools
+from .trajectory import Turn
 
 
 if TYPE_CHECKING:
+    from .agent import Event
     from .items import Item
     from .ranking import Ranking
-    from .trajectory import Trajectory, Turn
+    from .trajectory import Trajectory
 
 # Longest sides of the embedded pictures, in pixels: beside a number, on a card, and as evidence.
 _ICON, _CARD, _EVIDENCE = 96, 256, 512
@@ -91,6 +93,93 @@ def rankings_html(
     if positives is not None:
         score = f"{sum(view.verdict == 'right' for view in views)} of {len(views)} right"
     return _render("rankings.html.jinja", title=title, views=views, score=score)
+
+
+def ranking_fragment(ranking: Ranking, *, title: str = "", positive: int | None = None, key: str = "") -> str:
+    """
+    Renders a ranking with its evidence as a piece of a page whose styles are [`trace_css`].
+
+    Args:
+        ranking (`Ranking`):
+            What [`Reranker.rank`] returned.
+        title (`str`, *optional*, defaults to `""`):
+            A heading above it.
+        positive (`int`, *optional*):
+            0-based index of the right candidate, to say whether it came first.
+        key (`str`, *optional*, defaults to `""`):
+            Prefix of the ids in it, where a page shows several.
+    """
+    return _render("fragment.html.jinja", view=_view(ranking, positive=positive), title=title, key=key)
+
+
+def items_fragment(query: Item, candidates: Sequence[Item]) -> str:
+    """Renders a query and its candidates as a piece of a page whose styles are [`trace_css`]."""
+    return _render("items.html.jinja", cards=_cards(query, candidates))
+
+
+def trace_css() -> str:
+    """The styles of traces; they touch nothing outside of an element of the class `vretrver`."""
+    return _environment().get_template("trace.css").render()
+
+
+class LiveTrace:
+    """
+    A ranking under way, as a piece of a page whose styles are [`trace_css`].
+
+    Args:
+        query (`Item`):
+            The query.
+        candidates (sequence of `Item`):
+            The candidates.
+        preset (`Preset`):
+            The protocol that is played; says what a box means.
+    """
+
+    def __init__(self, query: Item, candidates: Sequence[Item], preset: Preset):
+        self._cards = _cards(query, candidates)
+        self._preset = preset
+        self._windows: list[_LiveWindow] = []
+        self._turn = Turn("assistant", [], "")
+
+    def add(self, event: Event) -> bool:
+        """Takes in what just happened; returns whether it is to be shown at once."""
+        if event.kind == "window":
+            self._windows.append(_LiveWindow([self._cards[index + 1] for index in event.order or ()]))
+        elif event.kind == "thought":
+            self._turn.thought = event.text
+        elif event.kind == "call":
+            self._turn.call, self._turn.kind = event.call, "call"
+        elif event.kind == "observation":
+            self._observe(event)
+        else:
+            self._answer(event)
+        return event.kind in ("window", "observation", "answer")
+
+    def html(self, note: str = "") -> str:
+        """What happened so far, with a `note` below."""
+        return _render("live.html.jinja", windows=self._windows, note=note)
+
+    def _observe(self, event: Event) -> None:
+        window, turn = self._windows[-1], self._take_turn()
+        turn.kind, turn.valid = turn.kind or "malformed", event.valid
+        observation = Turn("observation", [], event.text or "", images=list(event.refs), valid=event.valid)
+        step = _step(turn, observation, [self._cards[0], *window.shown], self._preset)
+        for picture in step.pictures:
+            image = picture.card.item.load_image()
+            picture.fill(image, _reduce(image, _EVIDENCE))
+        step.thought = turn.thought
+        window.steps.append(step)
+
+    def _answer(self, event: Event) -> None:
+        window, turn = self._windows[-1], self._take_turn()
+        window.best_first = [(place + 1, window.shown[place]) for place in event.order or ()]
+        headline = "Answers" if event.status != "fallback" else "Gives no usable answer"
+        raw = json.dumps([number for number, _ in window.best_first]) if event.status == "ok" else None
+        window.steps.append(_Step(turn.thought, "answer", headline, raw, event.text, None, []))
+
+    def _take_turn(self) -> Turn:
+        turn, self._turn = self._turn, Turn("assistant", [], "")
+        return turn
 
 
 @dataclasses.dataclass
@@ -201,6 +290,17 @@ class _Window:
 
 
 @dataclasses.dataclass
+class _LiveWindow:
+    shown: list[_Card]
+    steps: list[_Step] = dataclasses.field(default_factory=list)
+    best_first: list[tuple[int, _Card]] = dataclasses.field(default_factory=list)
+
+    @property
+    def renumbered(self) -> bool:
+        return any(card.number != number for number, card in enumerate(self.shown, start=1))
+
+
+@dataclasses.dataclass
 class _Place:
     rank: int
     card: _Card
@@ -212,7 +312,7 @@ class _Place:
 
 
 def _view(ranking: Ranking, heading: str = "", positive: int | None = None) -> _View:
-    cards = [_Card(number, item) for number, item in enumerate([ranking.query, *ranking.candidates])]
+    cards = _numbered(ranking.query, ranking.candidates)
     windows = [_window(trajectory, cards) for trajectory in ranking.trajectories]
     _fill_pictures(cards, [picture for window in windows for step in window.steps for picture in step.pictures])
     places = [_Place(rank, cards[index + 1]) for rank, index in enumerate(ranking.order, start=1)]
@@ -227,6 +327,16 @@ def _view(ranking: Ranking, heading: str = "", positive: int | None = None) -> _
         costs=_costs(ranking.trajectories),
         right=None if positive is None else places[ranking.order.index(positive)],
     )
+
+
+def _numbered(query: Item, candidates: Sequence[Item]) -> list[_Card]:
+    return [_Card(number, item) for number, item in enumerate([query, *candidates])]
+
+
+def _cards(query: Item, candidates: Sequence[Item]) -> list[_Card]:
+    cards = _numbered(query, candidates)
+    _fill_pictures(cards, [])
+    return cards
 
 
 def _window(trajectory: Trajectory, cards: Sequence[_Card]) -> _Window:

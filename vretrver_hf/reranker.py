@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import is_offline_mode
+
+from . import hub
 from .agent import Event
 from .engines.base import Engine, EngineError, Sampling
 from .images import ItemError
@@ -129,6 +133,8 @@ class Reranker:
         passes: int = 1,
         revision: str | None = None,
         subfolder: str = "",
+        adapter: str | Path | None = None,
+        adapter_kwargs: dict[str, Any] | None = None,
         **engine_kwargs: Any,
     ) -> Reranker:
         """
@@ -154,21 +160,34 @@ class Reranker:
                 Branch, tag or commit on the hub.
             subfolder (`str`, *optional*, defaults to `""`):
                 Folder inside the repository.
+            adapter (`str` or `Path`, *optional*):
+                Hub id or folder of LoRA weights, which are merged into the model. The protocol saved beside them goes
+                before that of the model. If `name` is an adapter itself, it brings its base model.
+            adapter_kwargs (`dict`, *optional*):
+                `revision` and `subfolder` of the adapter.
             engine_kwargs:
                 Passed to the engine: `dtype`, `device`, `attn_implementation`, `max_sessions`, … to
                 [`~engines.transformers.TransformersEngine`]; `tensor_parallel_size`, `lora`, … to
                 [`~engines.vllm.VLLMEngine`]; `base_url`, `deadline`, … to [`~engines.openai.OpenAIEngine`].
 
         Raises:
+            `HubError`: if there is no such model on the hub, it is gated, or the hub cannot be asked.
             `ValueError`: for an unknown engine, a model family without a chat template, or settings beside the model
                 that this version does not know.
         """
         if engine not in ENGINES:
             raise ValueError(f"unknown engine {engine!r}: choose one of {', '.join(map(repr, ENGINES))}")
-        if name is None:
-            name = _default_model(engine)
-        config = _load_config(name, revision, subfolder, required=engine != "openai")
-        loaded = _load_engine(engine, name, revision, subfolder, engine_kwargs)
+        if adapter is not None and engine != "transformers":
+            raise ValueError(f"engine {engine!r} takes no adapter here; vLLM takes `lora`, an endpoint what it serves")
+        source = _Source(_default_model(engine) if name is None else name, revision, subfolder)
+        lora = None if adapter is None else _Source(adapter, **(adapter_kwargs or {}))
+        if engine == "transformers" and lora is None and (base := source.base_model()) is not None:
+            source, lora = _Source(base), source
+        config = (lora and lora.config()) or source.config(required=engine != "openai")
+        name = source.name
+        if lora is not None:
+            engine_kwargs |= {"adapter": lora.name, "adapter_kwargs": lora.place}
+        loaded = _load_engine(engine, name, source.revision, source.subfolder, engine_kwargs)
         if preset is None and not config:
             logger.warning("%s has no %s: playing it as preset 'release'", name, CONFIG_NAME)
         if stride is None:
@@ -338,6 +357,47 @@ class Reranker:
         self.engine.encoder.processor.save_pretrained(folder)
         save_config(folder, self.preset, self.window, self.stride, self.sampling, self.tools)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        private: bool = True,
+        revision: str = "main",
+        overwrite: bool = False,
+        message: str | None = None,
+    ) -> str:
+        """
+        Uploads model, processor, protocol and a card to the hub; [`Reranker.from_pretrained`] plays them as here.
+
+        Args:
+            repo_id (`str`):
+                `"owner/name"`.
+            license (`str`, *optional*):
+                Short name of the licence; that of the folder the model was loaded from by default.
+            private (`bool`, *optional*, defaults to `True`):
+                Whether a repository that is made for it is seen by its owner only.
+            revision (`str`, *optional*, defaults to `"main"`):
+                The branch; made where there is none.
+            overwrite (`bool`, *optional*, defaults to `False`):
+                Whether what the revision holds may be replaced.
+            message (`str`, *optional*):
+                The commit's message.
+
+        Returns:
+            `str`: address of the commit.
+
+        Raises:
+            `HubError`: if the revision holds something else, the token is no good, or the hub cannot be reached.
+            `ValueError`: if nothing says under which licence the model is.
+        """
+        options = {"private": private, "revision": revision, "overwrite": overwrite, "message": message}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            hub.copy_documents(self.engine.model.name_or_path, folder)
+            with hub.model_push(folder, repo_id, license=license, **options) as push:
+                return push.upload()
+
     def _jobs(
         self, requests: Iterable[RankRequest], top_k: int | None, on_error: Literal["raise", "record"]
     ) -> Iterator[RankingJob]:
@@ -430,39 +490,57 @@ def save_config(
     Path(folder, CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _load_config(name: str | Path, revision: str | None, subfolder: str, required: bool = True) -> dict[str, Any]:
-    """
-    What [`save_config`] wrote, its parts made; empty where a model has no such file, or none is `required` and there
-    is no such model.
-    """
-    from transformers.utils import cached_file
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Where a model or an adapter is."""
 
-    if not required and not Path(name).is_dir() and str(name).count("/") != 1:
-        return {}  # no name that the hub could know
-    try:
-        path = cached_file(
-            str(name),
-            CONFIG_NAME,
-            revision=revision,
-            subfolder=subfolder,
-            _raise_exceptions_for_missing_entries=False,
-        )
-    except OSError:
-        if required:
-            raise
-        path = None
-    if path is None:
-        return {}
-    try:
-        config = dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        unknown = sorted(set(config) - {"preset", "window", "stride", "sampling", "tools"})
-        if unknown:
-            raise ValueError(f"unknown settings {unknown}")
-        config["preset"] = Preset.from_dict(config["preset"])
-        config["sampling"] = Sampling.from_dict(config.get("sampling", {}))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{CONFIG_NAME} of {name} cannot be used: {error!r}") from error
-    return config
+    name: str | Path
+    revision: str | None = None
+    subfolder: str = ""
+
+    @property
+    def place(self) -> dict[str, Any]:
+        return {"revision": self.revision, "subfolder": self.subfolder}
+
+    def base_model(self) -> str | None:
+        """The base of an adapter; `None` where this is a model."""
+        try:
+            hub.fetch(self.name, "config.json", **self.place)
+            return None
+        except OSError as error:
+            # An adapter of the cache has no config.json either, and offline nobody can say so.
+            if isinstance(error, hub.HubError) and not is_offline_mode():
+                raise
+            path = hub.find(self.name, "adapter_config.json", **self.place)
+            if path is None:
+                raise
+        return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+    def config(self, required: bool = True) -> dict[str, Any]:
+        """
+        What [`save_config`] wrote, its parts made; empty where there is no such file, or where no model is `required`
+        and there is none of that name.
+        """
+        if not required and not Path(self.name).is_dir() and str(self.name).count("/") != 1:
+            return {}  # no name that the hub could know
+        try:
+            path = hub.find(self.name, CONFIG_NAME, **self.place)
+        except OSError:
+            if required:
+                raise
+            path = None
+        if path is None:
+            return {}
+        try:
+            config = dict(json.loads(path.read_text(encoding="utf-8")))
+            unknown = sorted(set(config) - {"preset", "window", "stride", "sampling", "tools"})
+            if unknown:
+                raise ValueError(f"unknown settings {unknown}")
+            config["preset"] = Preset.from_dict(config["preset"])
+            config["sampling"] = Sampling.from_dict(config.get("sampling", {}))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{CONFIG_NAME} of {self.name} cannot be used: {error!r}") from error
+        return config
 
 
 def _salvaged(value: Any, item_id: str | None) -> Item:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import demo, evaluate, rank, report, retrieve, sample, serve, synthesize
+from . import demo, evaluate, push, rank, report, retrieve, sample, serve, synthesize, view
 from .common import one_line
 
 
@@ -26,9 +26,11 @@ app.command(name="rank")(rank.rank)
 app.command(name="evaluate")(evaluate.evaluate)
 app.command(name="report")(report.report)
 app.command(name="retrieve")(retrieve.retrieve)
+app.add_typer(push.push, name="push")
 app.command(name="sample")(sample.sample)
 app.command(name="serve")(serve.serve)
 app.command(name="synthesize")(synthesize.synthesize)
+app.command(name="view")(view.view)
 
 
 @app.callback(invoke_without_command=True)

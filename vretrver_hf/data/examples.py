@@ -212,14 +212,29 @@ def write_examples(path: str | os.PathLike[str], examples: Iterable[RerankExampl
         examples (iterable of `RerankExample`):
             The examples, taken one at a time.
     """
+    write_rows(path, map(to_row, examples), row_features())
+
+
+def write_rows(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]], features: datasets.Features) -> None:
+    """
+    Writes rows into a parquet file that `datasets` and the hub's viewer open with these features.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file. It appears when everything is written, so that an interrupted run leaves none.
+        rows (iterable of `dict`):
+            The rows, taken one at a time; pictures are `{"bytes": …, "path": …}`.
+        features (`datasets.Features`):
+            The columns.
+    """
     import pyarrow
     from pyarrow import parquet
 
-    schema = row_features().arrow_schema
+    schema = features.arrow_schema
     partial = Path(f"{os.fspath(path)}.part")
     with parquet.ParquetWriter(partial, schema) as writer:
-        for rows in _batches(map(to_row, examples), _ROWS_AT_A_TIME):
-            writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+        for batch in _batches(rows, _ROWS_AT_A_TIME):
+            writer.write_table(pyarrow.Table.from_pylist(batch, schema))
     partial.replace(path)
 
 
@@ -324,10 +339,28 @@ def _name(image: str | os.PathLike[str] | bytes | Image.Image, number: int) -> s
 
 def _to_bytes(item: Item, where: str, embed_images: bool) -> bytes | None:
     image = item.image
+    is_path = isinstance(image, (str, os.PathLike)) and os.fspath(image)[:5].lower() != "data:"
+    return image_bytes(item, where) if embed_images or not is_path else None
+
+
+def image_bytes(item: Item, where: str) -> bytes:
+    """
+    The item's picture as a file's bytes: as it is stored, or as PNG where it was never a file.
+
+    Args:
+        item (`Item`):
+            An item with a picture.
+        where (`str`):
+            What error messages call it.
+
+    Raises:
+        `ItemError`: if the picture cannot be read.
+    """
+    image = item.image
     if isinstance(image, bytes):
         return image
     if isinstance(image, (str, os.PathLike)) and os.fspath(image)[:5].lower() != "data:":
-        return _read_file(Path(image), where) if embed_images else None
+        return _read_file(Path(image), where)
     buffer = io.BytesIO()
     item.load_image(name=where).save(buffer, format="PNG")
     return buffer.getvalue()

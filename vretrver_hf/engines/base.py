@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 from ..encoding import Encoded, Encoder, MessageEncoder
@@ -122,6 +122,11 @@ class Engine(ABC):
     """Most tokens of one conversation."""
     max_sessions: int
     """Conversations that can be under way at the same time."""
+    on_token: Callable[[], None] | None = None
+    """
+    Called between two tokens where the engine can. What it raises ends the poll and leaves every conversation as it
+    was: the way to stop in the middle of a turn.
+    """
 
     @abstractmethod
     def open(self, query_id: str = "", sample: int = 0) -> Session:

@@ -21,7 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .. import chat_templates
+from .. import chat_templates, hub
 from ..encoding import Encoded, Encoder
 from ..vision import PictureFeatures, picture_grid
 from ._slot_cache import SlotCache
@@ -92,6 +92,8 @@ class TransformersEngine(Engine):
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         attn_implementation: str = "sdpa",
+        adapter: str | Path | None = None,
+        adapter_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> TransformersEngine:
         """
@@ -110,6 +112,10 @@ class TransformersEngine(Engine):
                 Where to run; a GPU where there is one.
             attn_implementation (`str`, *optional*, defaults to `"sdpa"`):
                 `"sdpa"`, `"eager"` or `"flash_attention_2"`.
+            adapter (`str` or `Path`, *optional*):
+                Hub id or folder of LoRA weights, which are merged into the model. Needs peft.
+            adapter_kwargs (`dict`, *optional*):
+                `revision` and `subfolder` of the adapter.
             kwargs:
                 Settings of the engine, see the class.
 
@@ -128,6 +134,8 @@ class TransformersEngine(Engine):
         model = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True, **source
         )
+        if adapter is not None:
+            model = _merged(model, adapter, adapter_kwargs or {})
         return cls(model.to(device), processor, **kwargs)
 
     def open(self, query_id: str = "", sample: int = 0) -> _Session:
@@ -155,6 +163,8 @@ class TransformersEngine(Engine):
             asked = [session for session in sessions if session in self._done]
             if asked:
                 return [self._done.pop(session) for session in asked]
+            if self.on_token is not None:
+                self.on_token()
             results = self._prefill()
             if not results:
                 if not any(session.decoding for session in self._rows):
@@ -315,6 +325,13 @@ class TransformersEngine(Engine):
             blocked = torch.finfo(self.model.dtype).min
             return torch.where(allowed, 0.0, blocked).to(self.model.dtype)[:, None]
         return allowed[:, None]
+
+
+def _merged(model: PreTrainedModel, adapter: str | Path, place: dict[str, Any]) -> PreTrainedModel:
+    from peft import PeftModel
+
+    hub.fetch(adapter, "adapter_model.safetensors", **place)  # peft would also take pickled weights
+    return PeftModel.from_pretrained(model, str(adapter), **place).merge_and_unload()
 
 
 class _Session(Session):

@@ -6,9 +6,10 @@ import dataclasses
 import json
 import logging
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers import (
@@ -25,12 +26,13 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available, is_kernels_available
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from .. import chat_templates
+from .. import chat_templates, hub
 from ..encoding import Encoder
 from ..engines.base import Sampling
 from ..environment import prepare_processor
 from ..protocol import Preset, get_preset
 from ..reranker import save_config
+from ._record import write_record
 
 
 if TYPE_CHECKING:
@@ -67,7 +69,14 @@ class StageArguments:
             Whether the vision tower stays as it is. LoRA touches it only where this is off.
         freeze_projector (`bool`, *optional*, defaults to `True`):
             The same for the layers that map the tower's output into the language model.
+        push_to (`str`, *optional*):
+            Repository on the hub, `"owner/name"`, where the finished model goes, with its card; private where it is
+            new. Whether it may is found out before the training.
+        license (`str`, *optional*):
+            Short name of the licence for `push_to`.
     """
+
+    stage: ClassVar[str] = ""
 
     preset: str = dataclasses.field(default="release", metadata={"help": "Protocol to train: release or foveated."})
     preset_overrides: dict[str, Any] | str | None = dataclasses.field(
@@ -82,7 +91,14 @@ class StageArguments:
         default=True, metadata={"help": "Leave the layers between vision tower and language model as they are."}
     )
 
+    push_to: str | None = dataclasses.field(
+        default=None, metadata={"help": "Repository on the hub for the finished model, owner/name."}
+    )
+    license: str | None = dataclasses.field(default=None, metadata={"help": "Licence of the model for push_to."})
+
     def __post_init__(self) -> None:
+        if self.push_to is not None and not self.license:
+            raise ValueError("push_to needs a license, by its short name on the hub, such as apache-2.0")
         if isinstance(self.preset_overrides, str):
             try:
                 self.preset_overrides = json.loads(self.preset_overrides)
@@ -184,8 +200,8 @@ def load_model(model_args: ModelConfig, training_args: TrainingArguments) -> tup
     quantization = get_quantization_config(model_args)
     if training_args.push_to_hub:
         raise ValueError(
-            "push_to_hub uploads checkpoints, whose files would end up among those of the finished model; turn it off "
-            f"and upload {training_args.output_dir} when training is done"
+            "push_to_hub uploads checkpoints, whose files would end up among those of the finished model; use "
+            "push_to, which pushes that one when training is done"
         )
     if quantization is not None and not model_args.use_peft:
         raise ValueError("the weights of a quantised model cannot be trained; set use_peft: true")
@@ -280,7 +296,31 @@ def save_trained(trainer: Trainer, encoder: Encoder, model_args: ModelConfig, ar
         prepare_processor(encoder.processor, encoder.family, arguments.make_preset())
         encoder.processor.save_pretrained(folder)
         arguments.save(folder)
+        write_record(trainer, model_args, arguments, folder)
+        if arguments.push_to:
+            push(folder, arguments.push_to, arguments.license)
     trainer.accelerator.wait_for_everyone()
+
+
+def check_push(arguments: StageArguments) -> None:
+    """
+    Finds out before a training whether `push_to` may be pushed to.
+
+    Raises:
+        `HubError`: if the repository holds something already, the token is no good, or the hub cannot be reached.
+    """
+    if arguments.push_to is not None:
+        with tempfile.TemporaryDirectory() as empty:
+            hub.Push(arguments.push_to, "model", Path(empty)).check()
+
+
+def push(folder: Path, repo_id: str, license: str | None) -> None:
+    """Pushes a finished model. That the hub refuses is told and no error: the training must not be lost for it."""
+    try:
+        with hub.model_push(folder, repo_id, license=license) as ready:
+            logger.warning("pushed to %s", ready.upload())
+    except hub.HubError as error:
+        logger.error("%s is complete but was not pushed: %s; use vretrver push model", folder, error)
 
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")

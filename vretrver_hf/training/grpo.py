@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
@@ -36,6 +36,7 @@ from ._common import (
     ExactResume,
     ProtocolCallback,
     StageArguments,
+    check_push,
     describe,
     freeze,
     last_checkpoint,
@@ -107,6 +108,8 @@ class GRPOScriptArguments(StageArguments):
         reward_overrides (`dict` or `str`, *optional*):
             Settings of the reward to replace, such as `{"sigma": 2.0}`; JSON on the command line.
     """
+
+    stage: ClassVar[str] = "grpo"
 
     dataset_name: str | None = dataclasses.field(default=None, metadata={"help": "File, folder or hub data set."})
     dataset_train_split: str = dataclasses.field(default="train", metadata={"help": "Split to train on."})
@@ -445,6 +448,7 @@ def train(
     Returns:
         `EvidenceGRPOTrainer`: the trainer, when it is done.
     """
+    check_push(script_args)
     model, encoder = load_model(model_args, training_args)
     adapter = lora_config(model_args, script_args)
     if adapter is None:

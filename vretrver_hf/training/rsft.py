@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 from trl import ModelConfig
 
@@ -30,6 +31,8 @@ class RSFTScriptArguments(SFTScriptArguments):
         preset (`str`, *optional*):
             The protocol to train; by default the one under which the trajectories were sampled, with all its settings.
     """
+
+    stage: ClassVar[str] = "rsft"
 
     dataset_name: str | None = dataclasses.field(
         default=None, metadata={"help": "Folder of accepted trajectories, as vretrver sample writes it."}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
@@ -25,6 +25,7 @@ from ._common import (
     ExactResume,
     ProtocolCallback,
     StageArguments,
+    check_push,
     describe,
     freeze,
     last_checkpoint,
@@ -57,6 +58,8 @@ class SFTScriptArguments(StageArguments):
         image_root (`str`, *optional*):
             Folder that relative picture paths start from; the folder of a local source by default.
     """
+
+    stage: ClassVar[str] = "sft"
 
     dataset_name: str | None = dataclasses.field(default=None, metadata={"help": "Folder, file or hub data set."})
     dataset_train_split: str = dataclasses.field(default="train", metadata={"help": "Split to train on."})
@@ -196,6 +199,7 @@ def train(
     Returns:
         `ConversationTrainer`: the trainer, when it is done.
     """
+    check_push(script_args)
     model, encoder = load_model(model_args, training_args)
     # The models decline the number of learned tokens, which TRL's loss divides by all the same. With it every token
     # weighs the same, however a step's conversations are spread over micro-batches and processes.
