@@ -15,9 +15,9 @@ ARGS ?=
 demo: $(VENV)/.installed
 	$(VENV)/bin/vretrver demo $(ARGS)
 
-# Models in tests are so small that a second thread only waits for the first.
+# Models in tests are so small that a second thread only waits for the first; a second process does not.
 test: $(VENV)/.installed-test
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-browser: $(VENV)/.installed-test-browser
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -o addopts=-ra tests/browser $(ARGS)
