@@ -276,7 +276,8 @@ class TestRun:
         assert ended.stdout.count("train: 8 of 8 conversations kept") == 1
         one, two = weights(tmp_path / "one"), weights(tmp_path / "out")
         for name in one:
-            torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-5)
+            # A tenth of a step: where a gradient is nearly zero, Adam makes much of the last digit.
+            torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4)
 
     def test_an_adapter_is_merged_and_kept(self, base, data, encoder, settings, tmp_path):
         trainer = sft.train(*read(settings(use_peft=True)))
