@@ -1,4 +1,4 @@
-"""A small embedder of drawings and their names, trained in a minute on a CPU: the worked example's coarse stage.
+"""A small embedder of drawings and their names, trained in a few minutes on a CPU: the worked example's coarse stage.
 
 It sees 28 × 28 pixels and words without their order, and nothing of what `splits.py` holds out. Coarse is what it is
 meant to be.

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import embedder
 import typer
 from art import Art
-from concepts import Concept, load_concepts, may_be_confused
+from concepts import Concept, contradicts, load_concepts
 from PIL import Image
 from splits import split_codes
 
@@ -33,6 +33,8 @@ TASKS = {"emoji_task0": ("text", 0), "emoji_task4": ("image", 4)}
 """Name of a task to what its queries are and M-BEIR's number."""
 DATASET = 99
 SEED = 1
+MOST_RELEVANT = 5
+"""A query that is right for more of the pool says too little to be asked."""
 
 
 def main(
@@ -66,6 +68,8 @@ def write_files(out: Path, art: Art, concepts: dict[str, Concept], count: int) -
     ]
     wanted = sorted(split_codes(concepts, "test_combination").intersection(drawn))
     random.Random(SEED).shuffle(wanted)
+    right = {code: relevant(art, concepts, code, drawn) for code in wanted}
+    wanted = [code for code in wanted if len(right[code]) <= MOST_RELEVANT]
     for task, (modality, number) in TASKS.items():
         codes = [c for c in wanted if modality == "text" or art.has(QUERY_ARTIST, c)][:count]
         rows, lines = [], []
@@ -74,7 +78,7 @@ def write_files(out: Path, art: Art, concepts: dict[str, Concept], count: int) -
             image = None if modality == "text" else _picture(out, art, QUERY_ARTIST, code)
             text = concepts[code].name if modality == "text" else None
             rows.append({"qid": qid, "query_txt": text, "query_img_path": image, "query_modality": modality})
-            lines += [f"{qid} 0 {dids[other]} 1 {number}\n" for other in relevant(art, concepts, code, drawn)]
+            lines += [f"{qid} 0 {dids[other]} 1 {number}\n" for other in right[code]]
         _write_rows(out / f"query/test/mbeir_{task}_test.jsonl", rows)
         _write_rows(out / f"cand_pool/local/mbeir_{task}_cand_pool.jsonl", pool)
         path = out / f"qrels/test/mbeir_{task}_test_qrels.txt"
@@ -83,11 +87,13 @@ def write_files(out: Path, art: Art, concepts: dict[str, Concept], count: int) -
 
 
 def relevant(art: Art, concepts: dict[str, Concept], code: str, drawn: Iterable[str]) -> list[str]:
-    """What is right for a concept: its own picture, those that look the same, and those that do not contradict it."""
-    twins = art.twins(POOL_ARTIST, code)
-    return [
-        other for other in drawn if other == code or other in twins or may_be_confused(concepts[code], concepts[other])
-    ]
+    """What is right for a concept: its own picture, its twins, and variants that do not contradict it."""
+    concept, twins = concepts[code], art.twins(POOL_ARTIST, code)
+
+    def fits(other: str) -> bool:
+        return concepts[other].base == concept.base and not contradicts(concept, concepts[other])
+
+    return [other for other in drawn if other == code or other in twins or fits(other)]
 
 
 def _picture(out: Path, art: Art, artist: str, code: str) -> str:

@@ -48,8 +48,12 @@ def evaluate(
         typer.Option(help="sliding: windows over the first --depth results; top20: one window over the first 20."),
     ] = "sliding",
     depth: Annotated[int, typer.Option(min=1, help="Coarse results to rerank; the others keep their order.")] = 50,
-    window: Annotated[int | None, typer.Option(min=1, help="Candidates of a window; 20 by default.")] = None,
-    stride: Annotated[int | None, typer.Option(min=1, help="Step from a window to the next; 10 by default.")] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Candidates of a window; as saved with the model by default.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Step from a window to the next; as saved by default.")
+    ] = None,
     passes: Annotated[int, typer.Option(min=1, help="How often the windows are walked through.")] = 1,
     prompt: Annotated[
         Literal["auto", "dataset", "preset"],
