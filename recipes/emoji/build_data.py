@@ -122,9 +122,9 @@ def render_missing(out: Path) -> None:
     manifest = json.loads(manifest_path.read_text()) if manifest_path.exists() else {}
     keys = {artist: _render_key(out / "art.zip", artist) for artist in ARTISTS}
     missing = [artist for artist in ARTISTS if manifest.get(artist) != keys[artist]]
-    if not missing:
-        typer.echo("render   up to date")
-        return
+    for artist in ARTISTS:
+        if artist not in missing:
+            typer.echo(f"render   {artist}: up to date")
     start = time.perf_counter()
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         rendering = {pool.submit(render_artist, out / "art.zip", artist, out / "images"): artist for artist in missing}
