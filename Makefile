@@ -2,6 +2,7 @@
 # make test      the tests
 # make test-browser  the tests of the Space in a real Chromium, which must be installed; leaves pictures in outputs/browser
 # make test-vllm the tests that need the real vLLM, which runs on the CPU in an environment of its own (2.5 GB)
+# make test-nightly  all of these, those too that take minutes each
 # make test-data the rules of the example's data, on the real data (fetches and renders them first: needs npm)
 # make quality   style of the code
 # make build     sdist and wheel, into dist/
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
-.PHONY: demo test test-browser test-vllm test-data quality build clean
+.PHONY: demo test test-browser test-vllm test-nightly test-data quality build clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/vretrver demo $(ARGS)
@@ -23,6 +24,9 @@ test-browser: $(VENV)/.installed-test-browser
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -o addopts=-ra tests/browser $(ARGS)
 
 test-vllm: $(VENV)-vllm/.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/vllm_cpu -m "not nightly" $(ARGS)
+
+test-nightly: $(VENV)-vllm/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/vllm_cpu $(ARGS)
 
 test-data: $(VENV)/.installed-test

@@ -247,12 +247,14 @@ def trained(make_trainer, monkeypatch, resets) -> RecordingTrainer:
     return trainer
 
 
+@pytest.mark.nightly
 @on(["bfloat16"])
 @pytest.mark.parametrize("resets", [True])
 def test_a_tower_that_is_trained(trained):
     assert ratio(trained.batches[1:]) >= 0.9
 
 
+@pytest.mark.nightly
 @on(["bfloat16"])
 @pytest.mark.parametrize("resets", [False])
 def test_a_tower_that_is_trained_while_vllm_keeps_old_features(trained):
