@@ -9,6 +9,7 @@ from vretrver_hf import Item
 from vretrver_hf.data.examples import write_rows
 from vretrver_hf.data.published import from_row, published_features, to_row, without_paths
 from vretrver_hf.encoding import Encoder
+from vretrver_hf.images import ItemError
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,14 @@ def test_what_is_to_be_seen_needs_no_json(records, rows):
 
 def test_a_candidate_without_a_picture_keeps_its_place(rows):
     assert [image is None for image in rows[0]["candidate_images"]] == [False, True, False]
+
+
+def test_what_is_no_picture_is_not_published(tmp_path):
+    (tmp_path / "key").write_text("private")
+    example = make_example(1)
+    example.candidates[0] = Item(image=tmp_path / "key")
+    with pytest.raises(ItemError, match="candidate 1"):
+        without_paths(example)
 
 
 def test_paths_become_bytes(tmp_path):

@@ -18,6 +18,7 @@ from PIL import Image
 from vretrver_hf import Item
 from vretrver_hf.data.examples import load_examples
 from vretrver_hf.data.vretrver import ImageRoot, PromptTemplate, read_row, stream_rows
+from vretrver_hf.images import ImageLimits, ItemError
 
 
 def png(color: str) -> bytes:
@@ -165,6 +166,11 @@ class TestImageRoot:
         (root.parent / "secret.png").write_bytes(png("red"))
         path = "/nowhere/../secret.png"
         assert ImageRoot(root).find(path) == path
+
+    def test_a_member_too_large_for_a_picture(self, root, monkeypatch):
+        monkeypatch.setattr("vretrver_hf.data.vretrver.DEFAULT_LIMITS", ImageLimits(max_bytes=50))
+        with pytest.raises(ItemError, match=r"cirr/2.png in .*more.zip has \d+ bytes, more than the 50"):
+            ImageRoot(root).find("cirr/2.png")
 
     def test_in_a_worker(self, root):
         first = ImageRoot(root)

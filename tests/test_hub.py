@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -22,6 +23,7 @@ from vretrver_hf.data.examples import write_examples
 from vretrver_hf.encoding import Encoder
 from vretrver_hf.engines import Sampling
 from vretrver_hf.engines.transformers import TransformersEngine
+from vretrver_hf.hub import _hide_places, space_push
 from vretrver_hf.reranker import bundled_model
 
 
@@ -105,6 +107,16 @@ print(sorted(reranker.rank("q", ["a", "b", "c"]).order))
         client("push", "model", saved, "someone/random", "--license", "apache-2.0")
         names = set(hub.repos["model", "someone/random"].files())
         assert not [name for name in names if name.endswith((".bin", ".pt", ".env")) or "checkpoint" in name]
+
+    def test_records_do_not_say_where_things_are(self, tmp_path):
+        original, staged = tmp_path / "training.json", tmp_path / "staged.json"
+        record = {"base_model": "/home/somebody/sft", "before": {"datasets": ["~/data", "someone/set"]}, "steps": 5}
+        original.write_text(json.dumps(record))
+        staged.symlink_to(original)
+        _hide_places(staged)
+        told = json.loads(staged.read_text())
+        assert told == {"base_model": "sft", "before": {"datasets": ["data", "someone/set"]}, "steps": 5}
+        assert json.loads(original.read_text()) == record
 
     def test_a_dry_run_changes_nothing(self, hub, client):
         told = client("push", "model", "bundled", "someone/tiny", "--dry-run")
@@ -334,6 +346,13 @@ class TestPushSpace:
         wanted |= {"vretrver_hf/assets/vretrver-tiny/config.json", "vretrver_hf/assets/trace.css"}
         assert wanted <= set(repo.files())
         assert not [path for path in repo.files() if path.endswith(".pyc")]
+
+    def test_hidden_files_stay_here(self, tmp_path):
+        folder = shutil.copytree(Path(__file__).parents[1] / "spaces" / "rerank", tmp_path / "app")
+        (folder / ".env").write_text("private")
+        with space_push("someone/rerank", folder=folder) as push:
+            names = {path.name for path in push.folder.rglob("*")}
+        assert "app.py" in names and ".env" not in names
 
     def test_it_installs_what_the_package_needs(self):
         """The Space has the package itself, so its requirements must name what the package depends on."""

@@ -283,6 +283,8 @@ class TestRun:
         trainer = sft.train(*read(settings(use_peft=True)))
         out = tmp_path / "out"
         assert (out / "adapter" / "adapter_model.safetensors").is_file()
+        own, merged = ((folder / "reranker_config.json").read_text() for folder in (out / "adapter", out))
+        assert own == merged  # who loads the adapter alone plays what it was trained on
         assert not (out / "adapter_config.json").exists()  # else loading the merged model would add it once more
         conversation = load_conversations(data, encoder, PRESET)[0]
         inputs = trainer.data_collator.collate([conversation])

@@ -40,6 +40,7 @@ _MODEL_FILES = (
     "LICENSE*",
     "LICENSES/*",
     "adapter/adapter_config.json",
+    "adapter/reranker_config.json",
     "adapter/*.safetensors",
 )
 """What of a model's folder is pushed. Checkpoints, optimizer states and pickled settings stay where they are."""
@@ -344,8 +345,29 @@ def model_push(
             for path in sorted(folder.glob(pattern)):
                 if path.is_file():
                     _link(path, Path(staged, path.relative_to(folder)))
+        for name in ("training.json", "adapter_config.json", "adapter/adapter_config.json"):
+            _hide_places(Path(staged, name))
         model_card(folder, repo_id, license=license, figures=figures).save(Path(staged, "README.md"))
         yield Push(repo_id, "model", Path(staged), **options)
+
+
+def _hide_places(path: Path) -> None:
+    """Keeps the last part of absolute paths and addresses: the rest says how somebody's computer is set up."""
+
+    def hide(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: hide(entry) for name, entry in value.items()}
+        if isinstance(value, list):
+            return [hide(entry) for entry in value]
+        is_place = isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("~", "http:", "https:")))
+        return Path(value).name if is_place else value
+
+    if not path.exists():
+        return
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if (told := hide(record)) != record:
+        path.unlink()  # it is a link to the original
+        path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -457,10 +479,11 @@ def space_push(repo_id: str, *, folder: str | Path | None = None, **options: Any
             Further settings of [`Push`].
     """
     package = Path(__file__).parent
-    ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "space")
+    ignored = ("__pycache__", "*.pyc", ".*")  # hidden files hold keys and uploads
+    app, own = shutil.ignore_patterns(*ignored), shutil.ignore_patterns(*ignored, "space")
     with tempfile.TemporaryDirectory() as staged:
-        shutil.copytree(_space_folder() if folder is None else folder, staged, dirs_exist_ok=True, ignore=ignored)
-        shutil.copytree(package, Path(staged, package.name), ignore=ignored)
+        shutil.copytree(_space_folder() if folder is None else folder, staged, dirs_exist_ok=True, ignore=app)
+        shutil.copytree(package, Path(staged, package.name), ignore=own)
         yield Push(repo_id, "space", Path(staged), **options)
 
 

@@ -237,17 +237,19 @@ def _files(ranking: Ranking, folder: Path) -> list[Path]:
 
 
 def _gallery(**settings: Any) -> gr.Gallery:
-    """A gallery for uploads. What names a URL is refused before anything is fetched."""
-    gallery = gr.Gallery(type="filepath", interactive=True, sources=["upload"], height=220, columns=4, **settings)
-    move = gallery.async_move_resource_to_block_cache
+    return gr.Gallery(type="filepath", interactive=True, sources=["upload"], height=220, columns=4, **settings)
+
+
+def refuse_urls(block: Any) -> None:
+    """Keeps an input from fetching what names a URL: Gradio does that for inputs of any kind, a text's too."""
+    move = block.async_move_resource_to_block_cache
 
     async def move_upload(url_or_file_path: Any) -> str | None:
         if is_http_url_like(str(url_or_file_path)):
             raise gr.Error("URLs are not fetched here. Upload the picture.", print_exception=False)
         return await move(url_or_file_path)
 
-    gallery.async_move_resource_to_block_cache = move_upload
-    return gallery
+    block.async_move_resource_to_block_cache = move_upload
 
 
 def _message(text: str, failed: bool = False) -> str:
@@ -337,6 +339,8 @@ def build(space: Space) -> gr.Blocks:
         page.load(space.asked_sample, None, sample, show_progress="hidden", **hidden)
         page.unload(space.cancel)
         gr.api(space.rerank, api_name="rerank", concurrency_limit=limits.concurrency, concurrency_id="model")
+    for block in page.blocks.values():
+        refuse_urls(block)
     return page.queue(max_size=limits.max_queue)
 
 

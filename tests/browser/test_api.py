@@ -58,16 +58,19 @@ def test_the_form_fetches_no_url(space):
     assert json.loads(told.removeprefix("data: "))["success"] is False
 
 
-def test_a_gallery_of_the_form_refuses_before_it_fetches(monkeypatch):
+def test_no_input_of_the_page_or_of_the_api_fetches(monkeypatch):
     import gradio as gr
 
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "spaces" / "rerank"))
     import app
 
     monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", lambda *_: pytest.fail("fetched"))
-    for url in ("http://example.org/a.png", "https://example.org/a.png"):
-        with pytest.raises(gr.Error, match="URLs are not fetched here"):
-            asyncio.run(app._gallery().async_move_resource_to_block_cache(url))
+    page = app.build(app.Space([app.BUNDLED], app.Limits()))
+    assert len(page.blocks) > 20
+    for block in page.blocks.values():
+        for url in ("http://example.org/a.png", "https://example.org/a.png"):
+            with pytest.raises(gr.Error, match="URLs are not fetched here"):
+                asyncio.run(block.async_move_resource_to_block_cache(url))
 
 
 def test_as_a_tool_of_an_agent(space):

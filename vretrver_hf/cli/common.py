@@ -87,6 +87,8 @@ def load_reranker(
     elif engine == "transformers":
         place["device"] = device
         _check_device(device)
+    elif device is not None:
+        raise Mistake("--device and processes of accelerate are for transformers; tell vLLM by CUDA_VISIBLE_DEVICES")
     if model is None:
         _use_one_thread()
     elif engine != "openai":

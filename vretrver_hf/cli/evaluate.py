@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .common import DeviceOption, DtypeOption, Mistake, ModelOption, NoToolsOption, load_reranker, one_line
+from .common import (
+    BaseUrlOption,
+    DeviceOption,
+    DtypeOption,
+    EngineOption,
+    Mistake,
+    ModelOption,
+    NoToolsOption,
+    engine_mistakes,
+    load_reranker,
+    one_line,
+)
 from .jobs import Bar, LimitOption, OutOption, SplitOption, check_folder, mistakes, quiet_datasets, weights_digest
 
 
@@ -42,7 +53,8 @@ def evaluate(
         str, typer.Option(help="With --mbeir: first, none, or a number, the seed that draws one for each query.")
     ] = "first",
     model: ModelOption = None,
-    engine: Annotated[str, typer.Option(help="What runs the model.")] = "transformers",
+    engine: EngineOption = "transformers",
+    base_url: BaseUrlOption = None,
     mode: Annotated[
         Literal["sliding", "top20"],
         typer.Option(help="sliding: windows over the first --depth results; top20: one window over the first 20."),
@@ -106,13 +118,13 @@ def evaluate(
 
     with mistakes():
         shard = current_shard()
-    windows = {"window": window, "stride": stride, "passes": passes, "engine": engine}
+    windows = {"window": window, "stride": stride, "passes": passes}
     options = {"tools": False if no_tools else None, "max_sessions": batch_size, **windows}
-    reranker = load_reranker(model, device or shard.device, dtype, **options)
+    reranker = load_reranker(model, device or shard.device, dtype, engine, base_url, **options)
     with mistakes():
         _adjust(reranker, queries, prompt, max_turn_tokens)
         settings = {
-            **_settings(model, engine, reranker, dtype),
+            **_settings(model, "openai" if base_url else engine, reranker, dtype),
             "data": data or str(mbeir),
             "split": split,
             "run": str(run) if run else None,
@@ -122,7 +134,8 @@ def evaluate(
         }
         journal = Journal(out / "journal", settings, shard.index)
     with journal:
-        _play(reranker, queries, journal, depth, shard, trajectories)
+        with engine_mistakes():
+            _play(reranker, queries, journal, depth, shard, trajectories)
         shard.leave()
         if not shard.is_main:
             return
@@ -190,7 +203,7 @@ def _settings(model: str | None, engine: str, reranker: Reranker, dtype: str) ->
     """What the rankings depend on."""
     return {
         "model": model or "vretrver-tiny, bundled",
-        "weights": weights_digest(model),
+        "weights": weights_digest(model, engine),
         "engine": engine,
         "dtype": dtype,
         "window": reranker.window,

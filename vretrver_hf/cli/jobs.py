@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from ..data.examples import Examples
     from ..data.rejection import Summary
     from ..journal import Journal
+
+_CONFIGS = ("config.json", "adapter_config.json")
+"""Of a model and of an adapter."""
 
 DataOption = Annotated[
     str, typer.Option("--data", metavar="NAME", help="Parquet or JSONL file, folder of parquet files, or hub id.")
@@ -104,34 +108,39 @@ def load_data(data: str, split: str, image_root: Path | None, limit: int | None)
     return examples, keys
 
 
-def weights_digest(model: str | None) -> str:
+def weights_digest(model: str | None, engine: str = "transformers") -> str:
     """
-    Tells the weights of a model from those of another that stood in the same place before.
+    Tells the weights of a model, or of an adapter and its base, from those of others that stood in the same place
+    before.
 
     The end of every weight file is looked at and not all of it: training changes all of them, and reading gigabytes
     would take longer than many a job.
     """
-    from transformers.utils import cached_file
-
     from ..reranker import bundled_model
 
-    if model is None:
-        folder = bundled_model()
-    elif Path(model).is_dir():
-        folder = Path(model)
-    else:
-        try:
-            folder = Path(cached_file(model, "config.json")).parent
-        except OSError:
-            return "behind an endpoint"  # whose weights nobody here can tell apart
+    if engine == "openai":
+        return "behind an endpoint"  # whose weights nobody here can tell apart
+    folder = bundled_model() if model is None else Path(model) if Path(model).is_dir() else _snapshot(model)
+    configs = [path for name in _CONFIGS if (path := folder / name).is_file()]
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")) + [folder / "config.json"]:
+    if [path.name for path in configs] == [_CONFIGS[1]]:
+        base = json.loads(configs[0].read_text(encoding="utf-8"))["base_model_name_or_path"]
+        digest.update(weights_digest(base).encode())
+    for path in sorted(folder.glob("*.safetensors")) + configs:
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with open(path, "rb") as file:
             file.seek(max(0, size - 2**16))
             digest.update(file.read())
     return digest.hexdigest()[:16]
+
+
+def _snapshot(model: str) -> Path:
+    """The folder in the cache of a model or an adapter that was loaded from the hub."""
+    from ..hub import find
+
+    found = [path for name in _CONFIGS if (path := find(model, name)) is not None]
+    return found[0].parent
 
 
 class Bar:

@@ -15,6 +15,7 @@ from .common import (
     Mistake,
     ModelOption,
     NoToolsOption,
+    engine_mistakes,
     load_reranker,
 )
 from .jobs import (
@@ -110,9 +111,11 @@ def sample(
     with mistakes():
         given = {name: value for name, value in changes.items() if value is not None}
         reranker.sampling = dataclasses.replace(reranker.sampling, **given)
-        journal = Journal(out / "journal", _settings(model, data, split, num_samples, reranker, dtype), shard.index)
+        settings = _settings(model, "openai" if base_url else engine, data, split, num_samples, reranker, dtype)
+        journal = Journal(out / "journal", settings, shard.index)
     with journal:
-        _play(reranker, examples, keys, journal, num_samples, max_rank, shard)
+        with engine_mistakes():
+            _play(reranker, examples, keys, journal, num_samples, max_rank, shard)
         shard.leave()
         if not shard.is_main:
             return
@@ -120,17 +123,18 @@ def sample(
             journal.refresh()
             summary = write_selection(out, examples, keys, journal, max_rank, max_per_query, tool_share, seed)
     choice = {"keep": keep, "max_per_query": max_per_query, "tool_share": tool_share}
-    write_card(out, summary, _settings(model, data, split, num_samples, reranker, dtype), choice)
+    write_card(out, summary, settings, choice)
     tell(summary, out)
 
 
 def _settings(
-    model: str | None, data: str, split: str, num_samples: int, reranker: Reranker, dtype: str
+    model: str | None, engine: str, data: str, split: str, num_samples: int, reranker: Reranker, dtype: str
 ) -> dict[str, Any]:
     """What the sampled trajectories depend on."""
     return {
         "model": model or "vretrver-tiny, bundled",
-        "weights": weights_digest(model),
+        "weights": weights_digest(model, engine),
+        "engine": engine,
         "dtype": dtype,
         "data": data,
         "split": split,

@@ -354,15 +354,17 @@ def image_bytes(item: Item, where: str) -> bytes:
             What error messages call it.
 
     Raises:
-        `ItemError`: if the picture cannot be read.
+        `ItemError`: if the picture cannot be read, or is none.
     """
     image = item.image
     if isinstance(image, bytes):
         return image
+    # Rows may name any file, and what is published must be a picture.
+    pixels = item.load_image(name=where)
     if isinstance(image, (str, os.PathLike)) and os.fspath(image)[:5].lower() != "data:":
         return _read_file(Path(image), where)
     buffer = io.BytesIO()
-    item.load_image(name=where).save(buffer, format="PNG")
+    pixels.save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from ..images import DEFAULT_LIMITS, ItemError
 from ..items import Item
 from ..protocol import IMAGE_MARK
 
@@ -216,7 +217,7 @@ class ImageRoot:
                 name for name in (tail, f"{Path(archive.filename or '').stem}/{tail}") if name in archive.NameToInfo
             ]
             if names:
-                return archive.read(names[0])
+                return _member(archive, names[0])
         return None
 
     def _open_archives(self) -> list[zipfile.ZipFile]:
@@ -229,6 +230,13 @@ class ImageRoot:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_folder": self._folder, "_archives": [], "_opened_by": None}
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    size, most = archive.getinfo(name).file_size, DEFAULT_LIMITS.max_bytes
+    if size > most:  # a small archive may hold what fills the memory
+        raise ItemError(f"{name} in {archive.filename} has {size:,} bytes, more than the {most:,} of a picture")
+    return archive.read(name)
 
 
 class PromptTemplate:

@@ -224,7 +224,7 @@ class VLLMEngine(Engine):
         session.token_ids += ids
         session.request = None
         stop = "length"
-        if ids[-1] in self.encoder.stop_ids:
+        if ids and ids[-1] in self.encoder.stop_ids:
             stop = "call" if ids[-1] == self.encoder.end_of_call else "end"
         return TurnResult(session, ids, logprobs, stop, time.perf_counter() - session.started)
 

@@ -292,6 +292,7 @@ def save_trained(trainer: Trainer, encoder: Encoder, model_args: ModelConfig, ar
     if trainer.accelerator.is_main_process:
         if is_adapter:
             _merge_adapter(model_args, folder)
+            arguments.save(folder / ADAPTER)  # so that the adapter alone is played as it was trained
         # Whoever else plays the model, a vLLM server say, is not to resize what the protocol has sized.
         prepare_processor(encoder.processor, encoder.family, arguments.make_preset())
         encoder.processor.save_pretrained(folder)
