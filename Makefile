@@ -32,7 +32,7 @@ test-nightly: $(VENV)-vllm/.installed
 test-data: $(VENV)/.installed-test
 	$(VENV)/bin/python recipes/emoji/build_data.py
 	EMOJI_DATA=$(CURDIR)/recipes/emoji/data $(VENV)/bin/python -m pytest tests/test_recipes_emoji_data.py \
-		tests/test_recipes_emoji_samples.py $(ARGS)
+		tests/test_recipes_emoji_samples.py tests/test_recipes_emoji_tasks.py tests/test_recipes_emoji_scenes.py $(ARGS)
 
 quality: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

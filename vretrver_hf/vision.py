@@ -179,11 +179,14 @@ def _attend_in_groups(
         shape = (len(lengths), distinct[0])
         rotation = cos.view(*shape, -1), sin.view(*shape, -1)
         return attend(attention, hidden.view(*shape, -1), rotation).flatten(0, 1)
-    mixed = torch.empty_like(hidden)
+    mixed = None
     for length in distinct:
         starts = cu_seqlens[:-1][lengths == length]
         rows = starts[:, None] + torch.arange(length, device=hidden.device)
-        mixed[rows] = attend(attention, hidden[rows], (cos[rows], sin[rows]))
+        part = attend(attention, hidden[rows], (cos[rows], sin[rows]))
+        if mixed is None:  # under autocast what comes out has another type than what goes in
+            mixed = part.new_empty(hidden.shape)
+        mixed[rows] = part
     return mixed
 
 

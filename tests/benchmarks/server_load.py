@@ -1,7 +1,7 @@
 """
 Latency and throughput of `vretrver serve`, and how long imports and the command line take to start.
 
-    python tests/benchmarks/serving.py [--clients 1 8 32] [--requests 96] [--model NAME]
+    python tests/benchmarks/server_load.py [--clients 1 8 32] [--requests 96] [--model NAME]
 """
 
 from __future__ import annotations
