@@ -200,7 +200,7 @@ class TestMistakes:
             (["--mbeir", "x", "--task", "t", "--run", "r"], "--mbeir x: x holds no M-BEIR"),
             (["--data", "DATA", "--prompt", "dataset"], "--prompt dataset: the data bring no prompts of their own"),
             (["--data", "DATA", "--window", "2", "--stride", "3"], "stride 3 exceeds size 2"),
-            (["--data", "DATA", "--engine", "abacus"], "unknown engine 'abacus'"),
+            (["--data", "DATA", "--engine", "abacus"], "'abacus' is not one of 'transformers', 'vllm', 'openai'"),
             (["--data", "DATA", "--mode", "sideways"], "--mode"),
             (["--data", "DATA", "--depth", "0"], "--depth"),
         ],
