@@ -1,7 +1,7 @@
 """Muon for a model of many small matrices: those of one shape are orthogonalised together.
 
 The same steps as `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, which goes from matrix to matrix: with 64
-of them, each too small to fill an accelerator, that takes as long as the rest of a training step.
+of them, each too small to fill an accelerator, tokens passed half as fast as in a stage trained with AdamW.
 """
 
 from __future__ import annotations
