@@ -359,17 +359,17 @@ def image_bytes(item: Item, where: str) -> bytes:
     image = item.image
     if isinstance(image, bytes):
         return image
-    # Rows may name any file, and what is published must be a picture.
-    pixels = item.load_image(name=where)
     if isinstance(image, (str, os.PathLike)) and os.fspath(image)[:5].lower() != "data:":
-        return _read_file(Path(image), where)
+        return _read_picture(item, Path(image), where)
     buffer = io.BytesIO()
-    pixels.save(buffer, format="PNG")
+    item.load_image(name=where).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def _read_file(path: Path, where: str) -> bytes:
+def _read_picture(item: Item, path: Path, where: str) -> bytes:
     try:
+        path.stat()
+        item.load_image(name=where)  # rows may name any file, and what is published must be a picture
         return path.read_bytes()
     except OSError as error:
         raise ItemError(f"{where} ({str(path)!r}) cannot be read ({error.strerror}); check the path") from error
