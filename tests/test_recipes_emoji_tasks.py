@@ -469,7 +469,7 @@ class TestEdits:
             by_picture += any(all(other.get(key) == target[key] for key in kept) for other in others)
             as_before += example.query.code in [entry.code for entry in example.candidates]
             count += 1
-        assert by_words > 0.6 * count and by_picture > 0.8 * count
+        assert by_words > 0.55 * count and by_picture > 0.8 * count
         assert 0.4 * count < as_before < 0.85 * count
 
     def test_having_much_in_common_gives_little_away(self, draw, features):

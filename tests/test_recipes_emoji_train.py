@@ -7,6 +7,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,14 +21,16 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "emoji"))
 
 from art import ARTISTS, SIZE
-from cases import View
+from cases import View, disguise
 from choices import choice_share
 from emoji_toy import MERGED, TOY, WHOLE, data, model, processor, ranks, source, table
 from examples import Drawing, Entry, Placed, Scene
 from intervals import wilson
 from locating import close_up, locations
 from model import (
+    change_looks,
     embed,
+    encode_group,
     encode_pictures,
     fused_norms,
     make_model,
@@ -38,7 +41,7 @@ from model import (
     tiny_config,
 )
 from preset import MAX_TURN_TOKENS, PRESET
-from rows import Picture, PictureGroup, RowMaker, by_length, collate, token_positions
+from rows import NUM_LOOKS, Picture, PictureGroup, RowMaker, by_length, collate, token_positions
 from searching import aim_box, in_view
 from stages import COLD_START, SFT_TASKS, Feed, Source
 from tokenizer import SPECIAL_TOKENS, VISIBLE_TOKENS, make_tokenizer, merges_of
@@ -63,8 +66,12 @@ def _trajectories(source: Source, count: int, seed: int = 0):
 
 
 def _pixels(table: torch.Tensor, picture: Picture) -> Image.Image:
-    group = PictureGroup.of([picture], [np.zeros(picture.num_tokens, np.int64)])
+    group = _group(picture)
     return Image.fromarray(render_group(_tensors(group), table)[0].permute(1, 2, 0).to(torch.uint8).numpy())
+
+
+def _group(picture: Picture) -> PictureGroup:
+    return PictureGroup.of([picture], [np.zeros(picture.num_tokens, np.int64)])
 
 
 def _tensors(group: PictureGroup) -> PictureGroup:
@@ -256,6 +263,33 @@ def test_the_first_examples_are_easy_and_have_few_candidates(source):
         return {len(example.candidates) for example, _ in source_rows}
 
     assert counts(True) == {2, 3} and max(counts(False)) > 3
+
+
+def test_a_disguise_keeps_the_question_and_takes_the_names(source):
+    (example,) = source._makers["i2i"].make(1, 3)
+    case = source.cases.plain(example)
+    hidden = disguise(case, 5)
+    assert hidden.relevance == case.relevance and all(side.concept is None for side in hidden.sides)
+    for side, before in zip(hidden.sides, case.sides, strict=True):
+        assert side.view.within(84 * 84) == dataclasses.replace(before.view.within(84 * 84), look=5)
+
+
+def test_looks_by_hand():
+    pixels = torch.arange(6.0).view(1, 3, 1, 2).repeat(3, 1, 1, 1)
+    red, mirrored, swapped = change_looks(pixels, torch.tensor([0, 1, 2])).tolist()
+    assert red == [[[0, 1]], [[2, 3]], [[4, 5]]]
+    assert mirrored == [[[1, 0]], [[3, 2]], [[5, 4]]]
+    assert swapped == [[[0, 1]], [[4, 5]], [[2, 3]]]
+
+
+def test_disguised_pictures_reach_the_model_in_disguise(source, table):
+    picture = Picture(((0, WHOLE),), (56, 56))
+    groups = [_group(dataclasses.replace(picture, look=look)) for look in range(NUM_LOOKS)]
+    assert groups[0].looks is None
+    identity = torch.nn.Identity()
+    with mock.patch("model.encode_pictures", lambda _, patches, size: patches):
+        seen = [encode_group(identity, _tensors(group), table) for group in groups]
+    assert len({tuple(patches.flatten().tolist()) for patches in seen}) == NUM_LOOKS
 
 
 # --- trajectories ----------------------------------------------------------------------------------------------------

@@ -39,10 +39,13 @@ class View:
             The stored pictures in it, each with the part of it that the whole original shows.
         size (`tuple[int, int]`, *optional*):
             Width and height of the original in pixels.
+        look (`int`, *optional*, defaults to 0):
+            Of the whole original, as in [`Picture`].
     """
 
     layers: tuple[Layer, ...]
     size: tuple[int, int] = (SIZE, SIZE)
+    look: int = 0
 
     def shown(self, ref: ImageRef) -> Picture:
         """The original as `ref` shows it."""
@@ -53,7 +56,7 @@ class View:
             box = (x1 + left * across, y1 + top * down, x1 + right * across, y1 + bottom * down)
             if box[0] < SIZE and box[1] < SIZE and box[2] > 0 and box[3] > 0:
                 layers.append((row, box))
-        return Picture(tuple(layers) or (_NOTHING,), (ref.width, ref.height))
+        return Picture(tuple(layers) or (_NOTHING,), (ref.width, ref.height), self.look)
 
     def region(self, box: tuple[int, int, int, int]) -> View:
         """What lies within a box, in pixels of the original, as an original of its own."""
@@ -246,6 +249,15 @@ def _mix(case: Case, rng: random.Random) -> Case:
         return side
 
     return dataclasses.replace(case, candidates=[change(side) for side in case.candidates])
+
+
+def disguise(case: Case, look: int) -> Case:
+    """The same case with all its pictures in other colours or mirrored: what it shows has no name any more."""
+
+    def change(side: Side) -> Side:
+        return dataclasses.replace(side, view=dataclasses.replace(side.view, look=look), concept=None)
+
+    return dataclasses.replace(case, query=change(case.query), candidates=[change(side) for side in case.candidates])
 
 
 @functools.lru_cache(maxsize=256)

@@ -38,7 +38,10 @@ STRUCTURES = {
 }
 """What can be edited, and its share of the questions."""
 SKINNED = ("person", "pair", "hand")
-"""Structures with combinations to hold out. Of the others, pairs of a picture and its edit are held out."""
+"""Structures with combinations to hold out. Of others but the next, pairs of a picture and its edit are held out."""
+STEPPED = ("clock", "key", "moon", "arrow")
+"""Structures whose one feature goes along a scale. Only wordings are held out: eight phases and five steps make forty
+pairs, and who knows those of training by heart has never seen a held-out one right, only wrong."""
 TWO_CHANGES, ORDER_SHARE = 0.45, 0.35
 """Shares of edits with two changes, and of those worded as an order."""
 TRIES = 8
@@ -301,7 +304,7 @@ class Edits:
             return False
         if self.stock.twins(artist, source):  # nobody could say what the query shows
             return False
-        return structure in SKINNED or self._is_asked(source, target)
+        return structure in (*SKINNED, *STEPPED) or self._is_asked(source, target)
 
     def _is_asked(self, source: str, target: str) -> bool:
         """Whether this split asks for a pair of which "test_combination" holds out some."""
@@ -484,7 +487,7 @@ class Words:
         """The whole query."""
         structure = self.features.structure[target]
         before, after = self.features.of[source], {key: self.features.of[target][key] for key in keys}
-        if structure in ("clock", "key", "moon", "arrow"):
+        if structure in STEPPED:
             return self._step(keys[0], before[keys[0]], after[keys[0]], rng)
         if structure == "family":
             kind, *members = _family_change(before["members"], after["members"])

@@ -73,7 +73,7 @@ def main(
     sessions: Annotated[int, typer.Option(help="Conversations at the same time.")] = 32,
     device: Annotated[str | None, typer.Option(help="Where to run; a GPU where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="Data type of the weights.")] = "auto",
-    jobs: Annotated[int, typer.Option(help="Rows at the same time, each in a process of its own.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Processes that play parts of the rows at the same time.")] = 1,
 ) -> None:
     """R@1 of a model on held-out queries with five candidates each, with calls, tokens and answer statuses."""
     names = list(chosen(only))
@@ -134,25 +134,34 @@ class Player:
         pixels = self.reranker.preset.overview_pixels
         return {"task": task, "split": split, "tools": self.tools, "overview_pixels": pixels, "n": self.count}
 
-    def row(self, task: str, split: str) -> dict[str, Any]:
-        """Plays the queries of one row."""
+    def play(self, task: str, split: str, part: slice = slice(None)) -> tuple[list[Result], float]:
+        """Plays a row's queries, or a part of them; what came of each, and the seconds that it took."""
         maker = make_maker(self.art, self.concepts, task, split, num_candidates=CANDIDATES)
-        examples = maker.make(self.count, SEED)
+        examples = maker.make(self.count, SEED)[part]
         started = time.perf_counter()
         results = play(self.reranker, self.art, examples, f"{task}/{split}")
-        seconds = time.perf_counter() - started
-        return {**self.key(task, split), **figures(results), "seconds": seconds / self.count}
+        return results, time.perf_counter() - started
 
     def rows(self, names: Sequence[tuple[str, str]], jobs: int) -> Iterator[dict[str, Any]]:
-        """Plays rows as they come, or several at a time as they are finished."""
+        """Plays rows one after another, or parts of them side by side; a row comes when it is complete."""
         if jobs == 1:
-            yield from (self.row(*name) for name in names)
+            yield from (self._row(*name, *self.play(*name)) for name in names)
             return
         context = multiprocessing.get_context("spawn")
         fresh = dataclasses.replace(self)  # without what was loaded here
+        parts = [slice(start, start + AT_A_TIME) for start in range(0, self.count, AT_A_TIME)]
         with ProcessPoolExecutor(jobs, context, initializer=_adopt, initargs=(fresh,)) as pool:
-            for future in as_completed([pool.submit(_row, *name) for name in names]):
-                yield future.result()
+            futures = {pool.submit(_play, *name, part): name for name in names for part in parts}
+            played: dict[tuple[str, str], list[tuple[list[Result], float]]] = collections.defaultdict(list)
+            for future in as_completed(futures):
+                name = futures[future]
+                played[name].append(future.result())
+                if len(played[name]) == len(parts):
+                    results, seconds = zip(*played.pop(name), strict=True)
+                    yield self._row(*name, [result for part in results for result in part], sum(seconds))
+
+    def _row(self, task: str, split: str, results: list[Result], seconds: float) -> dict[str, Any]:
+        return {**self.key(task, split), **figures(results), "seconds": seconds / self.count}
 
 
 _PLAYER: Player | None = None
@@ -163,8 +172,8 @@ def _adopt(player: Player) -> None:
     _PLAYER = player
 
 
-def _row(task: str, split: str) -> dict[str, Any]:
-    return _PLAYER.row(task, split)
+def _play(task: str, split: str, part: slice) -> tuple[list[Result], float]:
+    return _PLAYER.play(task, split, part)
 
 
 def chosen(only: str) -> Iterator[tuple[str, str]]:

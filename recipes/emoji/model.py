@@ -7,6 +7,7 @@ instead of one by one, and the vocabulary is only scored at the positions that c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,8 @@ PATCH = 14
 MERGE = 2
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_CHANNEL_ORDERS = tuple(itertools.permutations(range(3)))
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerBase, **text_overrides: Any) -> Qwen2_5_VLConfig:
@@ -127,6 +130,24 @@ def render_group(group: PictureGroup, table: Tensor) -> Tensor:
     return 255 - ink.permute(0, 3, 1, 2).float()
 
 
+def change_looks(pixels: Tensor, looks: Tensor) -> Tensor:
+    """
+    Pictures in other colours, or mirrored.
+
+    Args:
+        pixels (`Tensor`):
+            (pictures, 3, height, width).
+        looks (`Tensor`):
+            (pictures,), each below `rows.NUM_LOOKS`.
+
+    Returns:
+        `Tensor`: the same shape.
+    """
+    orders = torch.tensor(_CHANNEL_ORDERS, device=pixels.device)[looks // 2]
+    pixels = pixels.gather(1, orders[:, :, None, None].expand_as(pixels))
+    return torch.where((looks % 2 == 1)[:, None, None, None], pixels.flip(-1), pixels)
+
+
 def patches_of(pixels: Tensor) -> Tensor:
     """
     Normalised patches in the order of the model's image processor: the four patches of a merged token side by side.
@@ -199,6 +220,8 @@ def encode_group(visual: nn.Module, group: PictureGroup, table: Tensor, augment:
     """Image tokens of all pictures of one size, from stored pixels to the language model's width."""
     with torch.no_grad(), torch.autocast(table.device.type, enabled=False):
         pixels = render_group(group, table)
+        if group.looks is not None:
+            pixels = change_looks(pixels, group.looks)
         if augment:
             exposure = torch.empty(len(pixels), 1, 1, 1, device=pixels.device).uniform_(0.94, 1.06)
             pixels = (pixels * exposure).clamp(0, 255)

@@ -17,6 +17,9 @@ from tokenizers import Tokenizer
 FACTOR = 28
 """Side in pixels of the square that one image token covers."""
 
+NUM_LOOKS = 12
+"""Ways to show a picture: six orders of its colour channels, as it is or mirrored. 0 is as it is drawn."""
+
 _SPLIT = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS + VISIBLE_TOKENS)) + ")")
 _IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -36,10 +39,13 @@ class Picture:
             The stored pictures in it, which do not overlap: one, or those of a scene.
         size (`tuple[int, int]`):
             Width and height that the model sees, multiples of 28.
+        look (`int`, *optional*, defaults to 0):
+            One of [`NUM_LOOKS`]: other colours, or mirrored.
     """
 
     layers: tuple[Layer, ...]
     size: tuple[int, int]
+    look: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -85,6 +91,8 @@ class PictureGroup:
             Which of those spans each layer shows.
         places (array of int64, (pictures, tokens)):
             Where their tokens stand in the flattened batch.
+        looks (array of int64, (pictures,), *optional*):
+            How each is to look; none where all are as they are drawn.
     """
 
     size: tuple[int, int]
@@ -96,6 +104,7 @@ class PictureGroup:
     lines: Any
     line_of: Any
     places: Any
+    looks: Any = None
 
     @classmethod
     def of(cls, pictures: Sequence[Picture], places: Sequence[np.ndarray]) -> PictureGroup:
@@ -108,7 +117,8 @@ class PictureGroup:
         size = pictures[0].size
         widest = max(np.ptp(columns, axis=1).max() / size[0], np.ptp(lines, axis=1).max() / size[1])
         layers = (picture_of, rows, columns, column_of.ravel(), lines, line_of.ravel())
-        return cls(size, 4 * math.ceil(widest), *layers, np.stack(places))
+        looks = np.array([picture.look for picture in pictures], np.int32)
+        return cls(size, 4 * math.ceil(widest), *layers, np.stack(places), looks if looks.any() else None)
 
 
 @dataclasses.dataclass

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from art import ARTISTS, Art
-from cases import Case, CaseMaker, Side, draw_view
+from cases import Case, CaseMaker, Side, disguise, draw_view
 from concepts import Concept, caption, load_concepts
 from examples import Drawing, Example
 from locating import close_up, locations
 from preset import INSPECT_PIXELS, OVERVIEW_PIXELS
-from rows import Batch, Row, RowMaker, by_length, collate
+from rows import NUM_LOOKS, Batch, Row, RowMaker, by_length, collate
 from tasks import make_maker, pictures
 from tokenizers import Tokenizer
 from trajectories import Oracle
@@ -28,16 +28,16 @@ from vretrver_hf.protocol import format_answer
 
 
 STAGE0_TASKS = {
-    "t2i": 0.14,
-    "i2i": 0.18,
-    "i2t": 0.06,
+    "t2i": 0.13,
+    "i2i": 0.19,
+    "i2t": 0.05,
     "it2i": 0.2,
     "it2it": 0.05,
     "it2t": 0.07,
-    "t2it": 0.05,
+    "t2it": 0.04,
     "t2t": 0.04,
-    "overview": 0.13,
-    "detail": 0.08,
+    "overview": 0.16,
+    "detail": 0.07,
 }
 SFT_TASKS = {
     "t2i": 0.14,
@@ -62,6 +62,9 @@ candidate after another; the others are choices among candidates. A choice teach
 a whole row of pictures."""
 MATCH_WEIGHT = 3.0
 CAPTIONS_A_ROW = 4
+TOOLS_OFFERED = 0.12
+"""Share of stage 0's choices whose prompt offers tools, though the answer comes at once: what was learned under one
+prompt only is lost in part under the other."""
 DESCRIBED = 2
 """Pictures of a choice that the model is asked to describe once it has chosen: binds numbers to pictures."""
 BUDGETS = ((OVERVIEW_PIXELS, 0.82), (INSPECT_PIXELS, 0.12), (56 * 56, 0.06))
@@ -75,9 +78,12 @@ OTHER_COUNTS = 0.4
 """Share of examples with another number of candidates than five: two to eight."""
 EASY = 0.4
 """Share of stage 0's examples whose negatives are all drawn at random: what differs in everything is learned first."""
-FIRST_BATCHES, FIRST_COUNTS = 500, (2, 3)
-"""Of stage 0, so many batches come first whose examples are all easy and have few candidates: pointing at one of many
-is not learned from choices that are hard as well."""
+FIRST_ROWS, FIRST_COUNTS = 256_000, (2, 3)
+"""Of stage 0, so many rows come first whose examples are all easy and have few candidates: pointing at one of many is
+not learned from choices that are hard as well."""
+DISGUISED = 0.5
+"""Share of stage 0's examples from picture to picture that are shown in other colours or mirrored, all alike: as good
+as new things, of which the sets have too few to learn what likeness is."""
 STAGE0_CHOICE_WEIGHT, SFT_CHOICE_WEIGHT = 8.0, 4.0
 """Weight of the tokens that decide, among many that do not."""
 MAX_PART_TOKENS = 32_000
@@ -138,7 +144,7 @@ class Source:
         """Batch `number` of `stage` ("stage0" or "sft") with `size` rows, in parts of rows of like length."""
         rng = random.Random(f"{self.seed}/{stage}/{number}")
         if stage == "stage0":
-            rows = self._stage0_rows(size, rng, first=number < FIRST_BATCHES)
+            rows = self._stage0_rows(size, rng, first=number * size < FIRST_ROWS)
         else:
             rows = self._sft_rows(size, rng, number)
         return self.parts(rows, row_multiple=32, length_multiple=32)
@@ -187,9 +193,9 @@ class Source:
         messages[1]["content"].insert(0, {"type": "image"})
         return self.rows.row(messages, [side.view.within(budget)])
 
-    def choice_row(self, case: Case, rng: random.Random, described: int = DESCRIBED) -> Row:
+    def choice_row(self, case: Case, rng: random.Random, described: int = DESCRIBED, tools: bool = False) -> Row:
         """A case answered at once, and then what some of its pictures show."""
-        messages = case.messages(tools=False)
+        messages = case.messages(tools=tools)
         shown = case.pictures(messages)
         messages.append({"role": "assistant", "content": format_answer(case.order)})
         numbers = [number for number, side in enumerate(case.sides) if side.view is not None and side.concept]
@@ -223,7 +229,9 @@ class Source:
         examples = make_maker(self.art, self.concepts, task, split).make(count, seed)
         return [self.cases.plain(example) for example in examples]
 
-    def _stage0_rows(self, size: int, rng: random.Random, first: bool = False) -> list[Row]:
+    def _stage0_rows(
+        self, size: int, rng: random.Random, first: bool = False, tools_offered: float = TOOLS_OFFERED
+    ) -> list[Row]:
         captions, locations = round(size * CAPTION_ROWS), round(size * LOCATE_ROWS)
         rows = [self.caption_row(rng) for _ in range(captions)]
         rows += [self.locate_row(rng) for _ in range(locations)]
@@ -236,15 +244,21 @@ class Source:
             case = self.cases.varied(example, rng, shape)
             if task == "detail":
                 case, budget = close_up(case, rng), INSPECT_PIXELS
+            elif task == "i2i" and _is_pictures(case) and rng.random() < DISGUISED:
+                case = disguise(case, rng.randrange(1, NUM_LOOKS))
             case = dataclasses.replace(case, overview_pixels=budget)
-            rows.append(self.match_row(case) if rng.random() < match_share else self.choice_row(case, rng))
+            if rng.random() < match_share:
+                rows.append(self.match_row(case))
+            else:
+                rows.append(self.choice_row(case, rng, tools=rng.random() < tools_offered))
         return rows
 
     def _sft_rows(self, size: int, rng: random.Random, number: int) -> list[Row]:
         rehearsed = round(size * REHEARSAL)
         first = number * (size - rehearsed)
         rows = [self.cold_start(place) for place in self._shuffled(first, first + size - rehearsed)]
-        return rows + self._stage0_rows(rehearsed, rng)
+        # Under a prompt with tools, SFT shows thoughts only: an answer at once would contradict it.
+        return rows + self._stage0_rows(rehearsed, rng, tools_offered=0.0)
 
     def _shuffled(self, start: int, stop: int) -> list[int]:
         """A part of an endless series in which every trajectory comes once an epoch."""
@@ -282,6 +296,11 @@ class Source:
             maker.num_candidates, maker.hardness = candidates, float(hard)
             for example in maker.make(number, rng.getrandbits(48)):
                 yield example, task
+
+
+def _is_pictures(case: Case) -> bool:
+    """Whether all that a case consists of is pictures."""
+    return all(side.view is not None and side.text is None for side in case.sides)
 
 
 class Feed:
