@@ -26,14 +26,19 @@ class ForcedEngine(TransformersEngine):
     def __init__(self, model, processor, script: Script, **kwargs):
         super().__init__(model, processor, **kwargs)
         self.script = script
+        self._said: dict[tuple[type, str], list[int]] = {}
 
     def _sample(self, sessions, logits):
-        forced = torch.zeros_like(logits)
-        for row, session in enumerate(sessions):
-            ids = turn_ids(self.encoder, self.script(session.query_id, session.turn - 1))
-            forced[row, ids[len(session.sampled)]] = 1e4
-        real = logits.float().log_softmax(-1)
-        results = super()._sample(sessions, forced)
-        for row, session in enumerate(sessions):
-            session.logprobs[-1] = real[row, session.sampled[-1]].item()
+        said = [self._ids(self.script(s.query_id, s.turn - 1))[len(s.sampled)] for s in sessions]
+        said = torch.tensor(said, device=logits.device)[:, None]
+        real = logits.float().log_softmax(-1).gather(1, said)[:, 0]
+        results = super()._sample(sessions, torch.zeros_like(logits).scatter_(1, said, 1e4))
+        for session, logprob in zip(sessions, real.tolist(), strict=True):
+            session.logprobs[-1] = logprob
         return results
+
+    def _ids(self, text: str) -> list[int]:
+        key = type(text), text  # a turn that was cut off equals one that was not
+        if key not in self._said:
+            self._said[key] = turn_ids(self.encoder, text)
+        return self._said[key]
