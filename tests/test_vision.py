@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vretrver_hf.vision import PictureFeatures, batched_attention
+from vretrver_hf.vision import PictureFeatures, batched_attention, equal_pictures_once, quick_positions, rope_index
 
 
 @pytest.fixture
@@ -107,3 +107,66 @@ def test_without_memory_nothing_is_kept_and_everything_works(tower, image_proces
         expected = run(tower, image_processor, [image, image]).pooler_output
         torch.testing.assert_close(shown(features, [image, image]).pooler_output, expected, atol=2e-5, rtol=1e-5)
     assert features.num_computed == 2 and features._bytes == 0
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("shown", [[[]], [[(3, 2)]], [[(3, 2), (1, 1), (2, 5)], [], [(4, 4)], [(1, 3), (2, 2)]]])
+def test_rotary_positions_are_the_models_own(model, encoder, shown, padding):
+    """Rows with text before, between and behind pictures, as `<|vision_start|>` and `<|vision_end|>` stand there."""
+    rows = [[0] * 3 + [t for w, h in pictures for t in [1] * (w * h) + [0] * 2] for pictures in shown]
+    width = max(map(len, rows)) + (0 if padding == "none" else 2)
+    if padding == "none":
+        rows = [row + [0] * (width - len(row)) for row in rows]
+    fill = [[0] * (width - len(row)) for row in rows]
+    left = padding == "left"
+    types = torch.tensor([gap + row if left else row + gap for gap, row in zip(fill, rows, strict=True)])
+    mask = [
+        [0] * len(g) + [1] * len(r) if left else [1] * len(r) + [0] * len(g) for g, r in zip(fill, rows, strict=True)
+    ]
+    mask = None if padding == "none" else torch.tensor(mask)
+    sizes = [(1, 2 * h, 2 * w) for pictures in shown for w, h in pictures]
+    grid = torch.tensor(sizes) if sizes else None
+    ids = torch.where(types == 1, encoder.image_pad, 5)
+    inputs = {"mm_token_type_ids": types, "image_grid_thw": grid, "attention_mask": mask}
+    expected = model.model.get_rope_index(ids, **inputs)
+    found = rope_index(types == 1, grid, 2, mask)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_model_with_quick_positions_is_the_same(model, encoder):
+    ids = torch.tensor([[5, *[encoder.image_pad] * 6, 7, 8]])
+    inputs = {"mm_token_type_ids": (ids == encoder.image_pad).int(), "image_grid_thw": torch.tensor([[1, 4, 6]])}
+    expected = model.model.get_rope_index(ids, **inputs)
+    original = model.model.get_rope_index
+    quick_positions(model)
+    try:
+        assert model.model.get_rope_index != original
+        for mine, theirs in zip(model.model.get_rope_index(ids, **inputs), expected, strict=True):
+            assert torch.equal(mine, theirs)
+        inputs["video_grid_thw"] = torch.tensor([[1, 4, 6]])
+        inputs["mm_token_type_ids"] *= 2
+        expected = original(ids, **inputs)[0]
+        assert torch.equal(model.model.get_rope_index(ids, **inputs)[0], expected)  # the model's own
+    finally:
+        del model.model.get_rope_index
+
+
+def test_equal_pictures_are_processed_once(image_processor, encoder, picture, monkeypatch):
+    first, second = pictures(picture, encoder.factor, (3, 2), (2, 2))
+    images = [first, second, first.copy(), first, second.copy()]
+    counts, kind = [], type(image_processor)
+    original = kind.preprocess
+    monkeypatch.setattr(
+        kind, "preprocess", lambda self, images, *a, **k: counts.append(len(images)) or original(self, images, *a, **k)
+    )
+    expected = image_processor(images, return_tensors="pt")
+    with equal_pictures_once(image_processor):
+        found = image_processor(images=images, return_tensors="pt")
+        plain = image_processor(images=images[:2], return_tensors="pt")
+        as_lists = image_processor(images=images, return_tensors="np")
+    assert counts == [5, 2, 2, 2, 5] and "preprocess" not in vars(image_processor)
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+    assert torch.equal(found["image_grid_thw"], expected["image_grid_thw"])
+    assert torch.equal(plain["image_grid_thw"], expected["image_grid_thw"][:2])
+    assert (as_lists["pixel_values"] == expected["pixel_values"].numpy()).all()

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import PIL.Image
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -149,10 +150,105 @@ class PictureFeatures:
             self._bytes -= _size(self._known.popitem(last=False)[1])
 
 
+@contextlib.contextmanager
+def equal_pictures_once(image_processor: Any) -> Iterator[None]:
+    """
+    While the context lasts, an image processor works on equal pictures once, and returns what it would have returned.
+
+    Args:
+        image_processor (`BaseImageProcessor`):
+            That of a Qwen2.5-VL or Qwen3-VL model.
+    """
+    original = image_processor.preprocess
+
+    def preprocess(images: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(images, list) or not all(isinstance(image, PIL.Image.Image) for image in images):
+            return original(images, *args, **kwargs)
+        keys = [picture_id(image) for image in images]
+        distinct = dict(zip(keys, images, strict=True))
+        result = original(list(distinct.values()), *args, **kwargs)
+        if len(distinct) < len(images) and isinstance(result.get("pixel_values"), Tensor):
+            grid = result["image_grid_thw"]
+            pieces = result["pixel_values"].split(grid.prod(-1).tolist())
+            places = {key: place for place, key in enumerate(distinct)}
+            order = [places[key] for key in keys]
+            result["pixel_values"] = torch.cat([pieces[place] for place in order])
+            result["image_grid_thw"] = grid[order]
+        elif len(distinct) < len(images):
+            return original(images, *args, **kwargs)
+        return result
+
+    image_processor.preprocess = preprocess
+    try:
+        yield
+    finally:
+        del image_processor.preprocess
+
+
 def picture_grid(images: Sequence[Image.Image], image_processor: Any) -> Tensor:
     """`image_grid_thw` of pictures that are not resized: frames, and patches down and across."""
     patch = image_processor.patch_size
     return torch.tensor([[1, image.height // patch, image.width // patch] for image in images])
+
+
+def rope_index(
+    is_image: Tensor, grid: Tensor | None, merge_size: int, attention_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """
+    Rotary positions of conversations with pictures.
+
+    They are those of the models' own `get_rope_index` for still pictures, but found for all rows at once: that one
+    goes through them piece by piece, and on a GPU waits for it many times a picture.
+
+    Args:
+        is_image (`Tensor` of shape `(rows, tokens)`):
+            Which tokens are pads of pictures.
+        grid (`Tensor`, *optional*):
+            `image_grid_thw` of the pictures, in the order in which the rows show them.
+        merge_size (`int`):
+            Patches down and across that make one token.
+        attention_mask (`Tensor` of shape `(rows, tokens)`, *optional*):
+            Which tokens are no padding.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: positions in time, down and across, (3, rows, tokens), and by how much the position
+        behind each row differs from the number of its tokens, (rows, 1).
+    """
+    read = torch.ones_like(is_image, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    image = is_image.bool() & read
+    steps = (read & ~image).long()
+    if grid is None or not len(grid):
+        positions = (steps.cumsum(1) - steps).masked_fill(~read, 0).expand(3, -1, -1)
+        return positions.contiguous(), steps.new_zeros(len(steps), 1)
+    height, width = (grid.to(image.device).long()[:, 1:] // merge_size).unbind(1)
+    begins = image & ~functional.pad(image, (1, -1))
+    number = (begins.flatten().cumsum(0) - 1).clamp(min=0).view_as(steps)  # of the picture that a pad belongs to
+    ends = image & ~functional.pad(image, (-1, 1))
+    steps = steps + torch.where(ends, torch.maximum(height, width)[number], 0)
+    first = steps.cumsum(1) - steps
+    places = torch.arange(steps.shape[1], device=steps.device).expand_as(steps)
+    offset = places - torch.where(begins, places, 0).cummax(1).values
+    across = width[number]
+    positions = torch.stack([first, first + image * (offset // across), first + image * (offset % across)])
+    return positions.masked_fill(~read, 0), (steps.sum(1) - read.sum(1))[:, None]
+
+
+def quick_positions(model: nn.Module) -> None:
+    """Makes a model find rotary positions by [`rope_index`] wherever it is shown no video."""
+    inner = model.model
+    original, merge_size = inner.get_rope_index, model.config.vision_config.spatial_merge_size
+
+    def get_rope_index(
+        input_ids: Tensor, mm_token_type_ids: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        known = {"image_grid_thw", "attention_mask"}
+        if args or any(value is not None for name, value in kwargs.items() if name not in known):
+            return original(input_ids, mm_token_type_ids, *args, **kwargs)
+        return rope_index(
+            mm_token_type_ids == 1, kwargs.get("image_grid_thw"), merge_size, kwargs.get("attention_mask")
+        )
+
+    inner.get_rope_index = get_rope_index
 
 
 def split_features(output: Any, tokens: Sequence[int]) -> list[list[Tensor]]:

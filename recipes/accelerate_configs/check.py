@@ -3,7 +3,7 @@ Finds out in a minute whether a launch configuration works on a machine: a few r
 model, on as many processes as asked for, and a look at what came of them.
 
     accelerate launch --config_file recipes/accelerate_configs/zero3.yaml --num_processes 2 \\
-        recipes/accelerate_configs/check.py grpo [--steps 3] [--train_tower] [--model FOLDER] [--out FOLDER]
+        recipes/accelerate_configs/check.py grpo [--steps 3] [--train_tower] [--adapter] [--out FOLDER]
 
 Half the queries have no pictures, so that a process may well meet a batch without any. It ends with an error unless
 
@@ -11,6 +11,8 @@ Half the queries have no pictures, so that a process may well meet a batch witho
 - all processes hold the same weights at the end, gathered where they are sharded,
 - weights that are trained differ from those at the start, and frozen ones do not,
 - the model that was saved holds those weights.
+
+With `--adapter lora` or `--adapter qlora` the adapter is looked at in place of the weights.
 """
 
 from __future__ import annotations
@@ -54,8 +56,13 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=4, help="rollouts of a query, and conversations of a process")
     parser.add_argument("--turn_tokens", type=int, default=48, help="most tokens of a turn, for grpo")
     parser.add_argument("--train_tower", action="store_true", help="train the vision tower and its projector too")
+    parser.add_argument(
+        "--adapter", choices=["lora", "qlora"], help="for sft: train an adapter; qlora on 4-bit weights"
+    )
     parser.add_argument("--out", help="folder for the trained model; a temporary one by default")
     args = parser.parse_args()
+    if args.adapter and args.stage == "grpo":
+        parser.error("--adapter is for sft")
     with tempfile.TemporaryDirectory() as temporary:
         started = time.perf_counter()
         trainer, folder = train(args, temporary)
@@ -95,7 +102,13 @@ def train(args: argparse.Namespace, temporary: str) -> tuple[Any, Path]:
     # The processes are to save to one folder and to read one file.
     folder, data = broadcast_object_list([config.output_dir, str(Path(temporary, "data"))])
     config.output_dir = folder
-    model_args = ModelConfig(model_name_or_path=args.model, dtype="float32", attn_implementation="sdpa")
+    model_args = ModelConfig(
+        model_name_or_path=args.model,
+        dtype="float32",
+        attn_implementation="sdpa",
+        use_peft=args.adapter is not None,
+        load_in_4bit=args.adapter == "qlora",
+    )
     tower = {"freeze_vision_tower": not args.train_tower, "freeze_projector": not args.train_tower}
     shared = {"dataset_name": data, "preset": "foveated", "preset_overrides": PRESET, **tower}
     if args.stage == "sft":
@@ -152,11 +165,15 @@ def examine(trainer: Any, args: argparse.Namespace, folder: Path) -> str:
     for other in everybody[1:]:
         apart = [mine[0] for mine, theirs in zip(everybody[0], other, strict=True) if mine != theirs]
         assert not apart, f"processes hold different weights: {apart[:5]}"
+    norms = ", ".join(f"{entry.get('loss', math.nan):.3g}/{entry.get('grad_norm', math.nan):.3g}" for entry in log)
     unset_hf_deepspeed_config()  # or else the models below would be spread over the processes too
     start, saved = (
         AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).state_dict()
         for path in (args.model, folder)
     )
+    if args.adapter:
+        found = _examine_adapter(held, start, saved)
+        return f"loss/gradient norm {norms}; {found}; equal on {len(everybody)} processes"
     moved = [name for name in held if not torch.equal(held[name], start[name])]
     trains = {name: not _is_tower(name) or args.train_tower for name in held}
     still = [name for name in held if trains[name] and name not in moved and not name.endswith("qkv.bias")]
@@ -165,12 +182,23 @@ def examine(trainer: Any, args: argparse.Namespace, folder: Path) -> str:
     # Weights are saved in half precision where they are trained so.
     wrong = [name for name in held if not torch.allclose(saved[name], held[name], rtol=2**-7, atol=1e-6)]
     assert not wrong, f"saved weights differ from those in memory: {wrong[:5]}"
-    norms = ", ".join(f"{entry.get('loss', math.nan):.3g}/{entry.get('grad_norm', math.nan):.3g}" for entry in log)
     change = max((held[name] - start[name]).abs().max().item() for name in moved)
     return (
         f"loss/gradient norm {norms}; {len(moved)} of {len(held)} weights moved, by {change:.1e} at most; "
         f"equal on {len(everybody)} processes and in the saved model"
     )
+
+
+def _examine_adapter(held: dict[str, Any], start: dict[str, Any], saved: dict[str, Any]) -> str:
+    """Whether the adapter has learned, and was merged into the model that was saved, beside which it lies."""
+    # The second factor of every pair is 0 before the training.
+    moved = [name for name, weight in held.items() if "lora_B" in name and weight.any()]
+    names = [name for name in held if "lora_B" in name]
+    assert names and len(moved) == len(names), f"{len(moved)} of {len(names)} pairs of the adapter learned"
+    merged = [name for name in start if not torch.equal(start[name], saved[name])]
+    assert len(merged) == len(names), f"{len(merged)} weights of the saved model differ, for {len(names)} pairs"
+    assert not any(map(_is_tower, merged)), "the adapter touched the vision tower"
+    return f"{len(moved)} pairs of the adapter learned and were merged"
 
 
 def _whole_weights(trainer: Any) -> Any:

@@ -23,7 +23,7 @@ from transformers import (
 
 from .. import chat_templates, hub
 from ..encoding import Encoded, Encoder
-from ..vision import PictureFeatures, picture_grid
+from ..vision import PictureFeatures, picture_grid, rope_index
 from ._slot_cache import SlotCache
 from .base import Engine, Sampling, Session, TurnResult
 
@@ -311,10 +311,9 @@ class TransformersEngine(Engine):
 
     def _rope_positions(self, input_ids: torch.Tensor, images: list[Any]) -> torch.Tensor:
         """Rotary positions (3 × tokens) of a piece of conversation, from 0; they add up, so pieces concatenate."""
-        types = (input_ids == self.encoder.image_pad).int()
         grid = picture_grid(images, self.encoder.processor.image_processor) if images else None
-        positions, _ = self.model.model.get_rope_index(input_ids, mm_token_type_ids=types, image_grid_thw=grid)
-        return positions[:, 0]
+        merge_size = self.model.config.vision_config.spatial_merge_size
+        return rope_index(input_ids == self.encoder.image_pad, grid, merge_size)[0][:, 0]
 
     def _mask(self, columns: torch.Tensor, length: int) -> torch.Tensor:
         """What each new token may attend to: everything of its own row up to itself."""

@@ -32,6 +32,7 @@ from ..images import MAX_IMAGE_TOKENS, MIN_IMAGE_TOKENS
 from ..protocol import Preset, get_preset
 from ..rewards import EvidenceReward
 from ..trajectory import write_jsonl
+from ..vision import equal_pictures_once, quick_positions
 from ._common import (
     ExactResume,
     ProtocolCallback,
@@ -147,7 +148,7 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
     """
     TRL's GRPO trainer for reranking with pictures and tools.
 
-    Four methods of TRL 1.16 are overridden, and nothing else but how a checkpoint is loaded ([`ExactResume`]):
+    Five methods of TRL 1.16 are overridden, and nothing else but how a checkpoint is loaded ([`ExactResume`]):
 
     - `_generate`, to run the project's own agent loop. TRL's processes all pictures and prefills the whole
       conversation again in every turn, runs tools one by one, ends a rollout without a word at a malformed turn, gives
@@ -162,6 +163,9 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
       project's own loop.
     - `_get_train_sampler`, since TRL's sampler draws each epoch's order from what the epochs before left of its
       generator: a run that goes on in a later epoch would meet the first one's order again.
+
+    - `_generate_and_score_completions`, so that equal pictures are processed once ([`equal_pictures_once`]). And the
+      model finds rotary positions of a whole batch at once ([`quick_positions`]).
 
     Where the vision tower and its projector are frozen, each picture passes them once a step ([`FeatureCache`]).
 
@@ -257,6 +261,7 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
                 "the project's own rollouts need whole weights, which FSDP does not give them: set use_vllm, or train "
                 "with DDP or DeepSpeed"
             )
+        quick_positions(_base_model(self.model))
         tower = _base_model(self.model).model.visual
         self._tower_is_trained = any(weight.requires_grad for weight in tower.parameters())
         if args.use_vllm and args.vllm_mode == "server" and self._tower_is_trained:
@@ -270,6 +275,11 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
             self.vllm_generation.llm = SizedLLM(self.vllm_generation.llm, processing_class.image_processor.size)
         cached = not args.use_vllm and not self._tower_is_trained
         self.features = FeatureCache(tower) if cached else None
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        """TRL 1.16 calls this for a batch, whose groups show the same pictures; see the class."""
+        with equal_pictures_once(self.processing_class.image_processor):
+            return super()._generate_and_score_completions(inputs)
 
     def _generate(self, prompts: list) -> tuple[Any, ...]:
         """TRL 1.16 calls this for completions and all it knows about them; see the class for why it is replaced."""
