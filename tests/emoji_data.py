@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -67,9 +68,11 @@ NUMBERS = "one two three four five six seven eight nine ten eleven twelve".split
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 COUNTRIES = tuple(f"{first}{second}" for first in "ABCD" for second in "EFGHIJ")
 CONTINENTS, LANGUAGES, MONEY = ("Africa", "Asia", "Europe"), ("Elvish", "Dwarvish", "Latin"), ("Crown", "Groat")
+FACES = "winking sleepy happy sad tired calm proud shy bored busy brave curious angry loving silly worried".split()
 CLONE = "1f415"  # the second animal: one artist draws it exactly like the first
 GROUPS = {
     "groups": {
+        "0": "smileys-emotion",
         "1": "people-body",
         "2": "component",
         "3": "animals-nature",
@@ -78,12 +81,14 @@ GROUPS = {
         "9": "flags",
     },
     "subgroups": {
+        "1": "face-smiling",
         "16": "hand-fingers-open",
         "23": "person",
         "25": "person-role",
         "32": "skin-tone",
         "34": "animal-mammal",
         "50": "time",
+        "80": "keycap",
         "90": "geometric",
         "98": "country-flag",
     },
@@ -129,6 +134,19 @@ def emojibase() -> list[dict]:
     return entries
 
 
+def keys_and_faces() -> list[dict]:
+    """More that scenes can ask for, for those tests that need it."""
+    keys = [
+        {"label": f"keycap: {digit}", "hexcode": f"{0x30 + digit:04X}-20E3", "group": 8, "subgroup": 80}
+        for digit in range(10)
+    ]
+    faces = [
+        {"label": f"{face} face", "hexcode": f"{0x1F600 + number:X}", "group": 0, "subgroup": 1}
+        for number, face in enumerate(FACES)
+    ]
+    return keys + faces
+
+
 def _handshake() -> dict:
     """A pair of hands with every pair of skin tones."""
     entry = person("handshake", "1F91D", 16, "1F91D")
@@ -169,7 +187,7 @@ def drawing(code: str, artist: str) -> str:
     """
     A drawing that differs by code and artist, except that one artist cannot tell the first two animals apart.
 
-    Clocks are discs with a hand, which are alike at a glance; all else is coloured blocks.
+    Clocks, keys and faces are shapes with a hand, which are alike at a glance; all else is coloured blocks.
     """
     if artist == "twemoji" and code == "1f414":
         code = CLONE
@@ -177,6 +195,11 @@ def drawing(code: str, artist: str) -> str:
         turn = 15 * (int(code, 16) - 0x1F550)
         hand = f'<path d="M4 4V1.5" stroke="#555" stroke-width="0.4" transform="rotate({turn} 4 4)"/>'
         marks = f'<circle cx="4" cy="4" r="3.7" fill="#{180 + 10 * ARTISTS.index(artist):02x}cccc"/>{hand}'
+    elif code.endswith("-20e3") or "1f600" <= code <= "1f60f":
+        corner, colour = ("0.4", "#9bd") if code.endswith("-20e3") else ("3", "#fd5")
+        turn = 47 * int(code.split("-")[0], 16)
+        hand = f'<path d="M4 4V1.5" stroke="#555" stroke-width="0.4" transform="rotate({turn} 4 4)"/>'
+        marks = f'<rect x="0.4" y="0.4" width="7.2" height="7.2" rx="{corner}" fill="{colour}"/>{hand}'
     else:
         rng = random.Random(f"{artist}/{code}")
         marks = "".join(
@@ -187,8 +210,8 @@ def drawing(code: str, artist: str) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">{marks}</svg>'
 
 
-def small_archive(path: Path) -> None:
-    data = emojibase()
+def small_archive(path: Path, more: Sequence[dict] = ()) -> None:
+    data = [*emojibase(), *more]
     codes = sorted(parse_concepts(data, GROUPS))
     members = {"manifest.json": {"packages": {}}, "emojibase/data.json": data, "emojibase/groups.json": GROUPS}
     members |= knowledge()
@@ -196,8 +219,8 @@ def small_archive(path: Path) -> None:
     write_archive(path, members)
 
 
-def build_small(folder: Path) -> Path:
-    small_archive(folder / "art.zip")
+def build_small(folder: Path, more: Sequence[dict] = ()) -> Path:
+    small_archive(folder / "art.zip", more)
     for artist in ARTISTS:
         render_artist(folder / "art.zip", artist, folder / "images", size=24)
     return folder

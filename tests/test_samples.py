@@ -14,21 +14,22 @@ FOLDER = Path(str(resources.files("vretrver_hf"))) / "assets" / "samples"
 PICTURES = sorted(FOLDER.glob("*.webp"))
 
 
-def test_three_of_each_task():
+def test_three_of_each_task_of_single_pictures():
     counts = collections.Counter(sample.task for sample in load_samples())
-    assert counts == {"text-to-image": 3, "image-to-image": 3, "image-to-text": 3}
+    assert {counts[task] for task in ("text-to-image", "image-to-image", "image-to-text")} == {3}
+    assert counts.total() <= 14  # a demo takes a minute at most
 
 
 @pytest.mark.parametrize("sample", load_samples(), ids=lambda sample: sample.id)
 def test_samples_are_whole(sample):
     query, kind = sample.task.split("-to-")
-    assert (sample.query.image is not None, sample.query.text is not None) == (query == "image", query == "text")
-    assert all((item.image is not None) == (kind == "image") for item in sample.candidates)
+    assert (sample.query.image is not None, sample.query.text is not None) == ("image" in query, "text" in query)
+    assert all((item.image is not None) == (kind != "text") for item in sample.candidates)
     assert len(sample.candidates) == 5 and sample.positive in range(5)
     assert len({item.id for item in sample.candidates}) == 5
     for item in [sample.query, *sample.candidates]:
         if item.image is not None:
-            assert item.load_image().size == (224, 224)
+            assert item.load_image().size == ((1008, 1008) if kind in ("scene", "detail") else (224, 224))
 
 
 def test_the_right_candidate_is_not_given_away_by_its_place():
@@ -55,7 +56,7 @@ def test_each_picture_is_credited_under_a_licence_that_lies_beside_it(path):
     rows = [
         line for line in (FOLDER / "ATTRIBUTION.md").read_text(encoding="utf-8").splitlines() if "-*.webp`" in line
     ]
-    (row,) = [row for row in rows if re.fullmatch(re.search(r"`(.+?)-\*\.webp`", row)[1] + "-[0-9a-f-]+", path.stem)]
+    (row,) = [row for row in rows if re.fullmatch(re.search(r"`(.+?)-\*\.webp`", row)[1] + "-[0-9a-z-]+", path.stem)]
     license = re.search(r"\]\((LICENSES/.+?\.txt)\)", row)[1]
     assert license in ("LICENSES/Apache-2.0.txt", "LICENSES/CC-BY-4.0.txt", "LICENSES/MIT.txt")
     assert (FOLDER / license).is_file()

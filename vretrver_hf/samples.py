@@ -19,7 +19,7 @@ class Sample:
         id (`str`):
             Unique name.
         task (`str`):
-            `"text-to-image"`, `"image-to-image"` or `"image-to-text"`.
+            What the query and the candidates are, such as `"text-to-image"`.
         query (`Item`):
             The query.
         candidates (`list[Item]`):
@@ -47,8 +47,9 @@ def load_samples() -> list[Sample]:
     ```python
     >>> from vretrver_hf.samples import load_samples
 
-    >>> sorted({sample.task for sample in load_samples()})
-    ['image-to-image', 'image-to-text', 'text-to-image']
+    >>> sample = load_samples()[0]
+    >>> sample.task, len(sample.candidates)
+    ('text-to-image', 5)
 
     ```
     """

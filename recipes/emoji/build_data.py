@@ -10,6 +10,10 @@ Run it again and it does only what is missing. On a machine without a network, b
 Parquet files for other trainers, one a task and split and one for training, take some minutes more:
 
     python recipes/emoji/build_data.py --out recipes/emoji/data --steps export
+
+What `vretrver sample` and GRPO ask, as parquet files too:
+
+    python recipes/emoji/build_data.py --out recipes/emoji/data --steps lessons
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from art import (
@@ -48,7 +52,7 @@ from tasks import KINDS, TASKS, make_maker, pictures, splits_of
 
 
 STEPS = ("fetch", "slim", "render", "examples")
-MORE_STEPS = ("export",)
+MORE_STEPS = ("export", "lessons")
 SHEET_ROWS = {"overview": 3, "detail": 4}
 """Rows of a sheet of scenes; those of drawings have `DRAWING_ROWS`."""
 DRAWING_ROWS = 8
@@ -62,6 +66,8 @@ def main(
     num_examples: Annotated[int, typer.Option(help="Evaluation examples a task and split.")] = 1000,
     from_archive: Annotated[Path | None, typer.Option(help="Start from this art.zip; nothing is fetched.")] = None,
     num_train: Annotated[int, typer.Option(help="Exported training examples.")] = 20_000,
+    num_rsft: Annotated[int, typer.Option(help="Queries for rejection sampling.")] = 4000,
+    num_grpo: Annotated[int, typer.Option(help="Queries for GRPO.")] = 8000,
     steps: Annotated[str, typer.Option(help="Which steps to run, separated by commas.")] = ",".join(STEPS),
     sheet: Annotated[Path | None, typer.Option(help="Also draw one contact sheet a task into this folder.")] = None,
 ) -> None:
@@ -83,6 +89,8 @@ def main(
         write_examples(out, seed, num_examples)
     if "export" in wanted:
         export(out, seed, num_examples, num_train)
+    if "lessons" in wanted:
+        write_lessons(out, seed, num_rsft, num_grpo)
     if sheet is not None:
         write_sheets(out, seed, sheet)
 
@@ -165,21 +173,38 @@ def test_sets() -> list[tuple[str, str]]:
 
 def export(out: Path, seed: int, num_examples: int, num_train: int) -> None:
     """Write `export/<task>.<split>.parquet` for every test split, and `export/train.parquet`."""
-    from export import Exporter, training_examples, write_parquet
+    from export import Exporter, training_examples
 
     art, concepts = Art.load(out), load_concepts(out)
-    exporter, folder = Exporter(art), out / "export"
-    folder.mkdir(exist_ok=True)
-
-    def write(name: str, examples: list[Example]) -> None:
-        write_parquet(folder / f"{name}.parquet", map(exporter.row, examples))
-        size = (folder / f"{name}.parquet").stat().st_size
-        typer.echo(f"export   {name}: {len(examples)} rows, {size / 1e6:.1f} MB")
-
+    exporter = Exporter(art)
     for task, split in test_sets():
         count = num_examples // SCENES_IN if task in KINDS else num_examples
-        write(f"{task}.{split}", make_maker(art, concepts, task, split).make(count, seed))
-    write("train", training_examples(art, concepts, num_train, seed))
+        _write_parquet(out, exporter, f"{task}.{split}", make_maker(art, concepts, task, split).make(count, seed))
+    _write_parquet(out, exporter, "train", training_examples(art, concepts, num_train, seed))
+
+
+def write_lessons(out: Path, seed: int, num_rsft: int, num_grpo: int) -> None:
+    """Write `export/rsft.parquet` and `export/grpo.parquet`, of which neither asks what the cold start asks."""
+    from export import Exporter
+    from lessons import GRPO_TASKS, PLACED_FIRST, RSFT_TASKS, cold_start_queries, draw_lesson
+
+    art, concepts = Art.load(out), load_concepts(out)
+    exporter, asked = Exporter(art), cold_start_queries(out, seed)
+    makers = {task: make_maker(art, concepts, task, "train") for task in GRPO_TASKS}
+    _write_parquet(out, exporter, "rsft", draw_lesson(makers, "rsft", RSFT_TASKS, num_rsft, seed, asked))
+    lesson = draw_lesson(makers, "grpo", GRPO_TASKS, num_grpo, seed, asked, PLACED_FIRST)
+    _write_parquet(out, exporter, "grpo", lesson)
+
+
+def _write_parquet(out: Path, exporter: Any, name: str, examples: list[Example]) -> None:
+    from export import write_parquet
+
+    path = out / "export" / f"{name}.parquet"
+    path.parent.mkdir(exist_ok=True)
+    start = time.perf_counter()
+    write_parquet(path, exporter.rows(examples))
+    size, seconds = path.stat().st_size, time.perf_counter() - start
+    typer.echo(f"export   {name}: {len(examples)} rows, {size / 1e6:.1f} MB after {seconds:.0f} s")
 
 
 def write_sheets(out: Path, seed: int, folder: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import io
+import multiprocessing
+import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +80,12 @@ class Exporter:
         reward = {"style": "rule", "ground_truth": example.positive + 1}
         return row | {"ability": example.kind, "reward_model": reward}
 
+    def rows(self, examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
+        """Rows of examples, in order, made by as many processes as there are cores: scenes take long to encode."""
+        context, workers = multiprocessing.get_context("fork"), len(os.sched_getaffinity(0))
+        with ProcessPoolExecutor(workers, context, initializer=_adopt, initargs=(self,)) as pool:
+            yield from pool.map(_row, examples, chunksize=16)
+
     def _item(self, entry: Entry) -> Item:
         image = entry.image
         if isinstance(image, Scene):
@@ -141,6 +150,18 @@ def write_parquet(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
         for batch in _batches(rows):
             writer.write_table(pyarrow.Table.from_pylist(batch, schema))
     partial.replace(path)
+
+
+_EXPORTER: Exporter | None = None
+
+
+def _adopt(exporter: Exporter) -> None:
+    global _EXPORTER
+    _EXPORTER = exporter
+
+
+def _row(example: Example) -> dict[str, Any]:
+    return _EXPORTER.row(example)
 
 
 def _schema() -> Any:
