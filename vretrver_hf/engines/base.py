@@ -93,6 +93,9 @@ class TurnResult:
             The turn as text, from engines that return no tokens; `token_ids` is empty then.
         error (`str`, *optional*):
             Why there is no turn, naming the engine and the query; `stop` is `"error"` then.
+        usage (`tuple[int, int]`, *optional*):
+            Tokens of the conversation that the turn continues, and of the turn, as an engine that returns no tokens
+            counts them.
     """
 
     session: Session
@@ -102,6 +105,7 @@ class TurnResult:
     seconds: float
     text: str | None = None
     error: str | None = None
+    usage: tuple[int, int] | None = None
 
 
 class Engine(ABC):
