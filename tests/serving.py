@@ -12,7 +12,7 @@ from scripted import ScriptedEngine
 
 from vretrver_hf import Reranker
 from vretrver_hf.protocol import format_answer, format_call, format_turn, get_preset
-from vretrver_hf.server import create_app
+from vretrver_hf.server import create_app, server_config
 
 
 PRESET = get_preset("foveated", overview_pixels=64 * 64, inspect_pixels=64 * 64)
@@ -56,7 +56,7 @@ class Serving:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         application = create_app(reranker, **settings)
-        self._server = uvicorn.Server(uvicorn.Config(application, log_level="error"))
+        self._server = uvicorn.Server(server_config(application, settings.get("limits"), log_level="error"))
         self._thread = threading.Thread(target=self._server.run, args=([self._listener],))
 
     def __enter__(self) -> Serving:

@@ -18,7 +18,7 @@ from tiny_models import make_processor
 
 from vretrver_hf import Reranker
 from vretrver_hf.encoding import Encoder
-from vretrver_hf.server import Limits, app
+from vretrver_hf.server import Limits, app, connections
 
 
 DOCUMENTS = ["3", "7", "5"]
@@ -247,6 +247,7 @@ class TestLimits:
             "max_pixels",
             "max_total_pixels",
             "max_requests",
+            "max_connections",
             "seconds",
         ],
     )
@@ -311,6 +312,41 @@ class TestDeadline:
         assert sender.recv(1000).startswith(b"HTTP/1.1 504 ")
         assert time.monotonic() - started < 4.5
         sender.close()
+
+
+class TestConnections:
+    def test_one_too_many_is_closed_and_idle_ones_make_room(self, serve, monkeypatch):
+        monkeypatch.setattr(connections, "PATIENCE", 1.0)
+        server = serve(limits=Limits(max_requests=1, max_connections=3))
+        idle = [connect(server) for _ in range(3)]
+        assert is_closed(connect(server)) and not is_closed(idle[0], seconds=0.1)
+        wait_for(lambda: all(is_closed(connection) for connection in idle))
+        assert order(post(server)) == ORDER
+
+    @pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"])
+    def test_who_never_ends_the_head_of_a_request(self, serve, monkeypatch, before):
+        """The first one, or the one after another."""
+        monkeypatch.setattr(connections, "PATIENCE", 0.5)
+        connection = connect(serve())
+        if before:
+            connection.sendall(before)
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(b"GET /health HTTP/1.1\r\nX-Slow: ")
+        assert drip(connection, b"x") == b""
+
+    def test_who_waits_for_an_answer_may_wait(self, serve, engine, monkeypatch):
+        monkeypatch.setattr(connections, "PATIENCE", 0.2)
+        server = serve()
+        engine.go.clear()
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(post, server)
+            time.sleep(1)
+            engine.go.set()
+            assert order(answer.result()) == ORDER
+
+    def test_there_are_more_than_requests(self):
+        with pytest.raises(ValueError, match="more than max_requests"):
+            Limits(max_requests=8, max_connections=8)
 
 
 class TestFailures:
@@ -471,6 +507,16 @@ def drip(connection: socket.socket, piece: bytes) -> bytes:
         except OSError:
             return b""
     raise AssertionError("it was never ended")
+
+
+def is_closed(connection: socket.socket, seconds: float = 2) -> bool:
+    connection.settimeout(seconds)
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
 
 
 def metric(server, name: str) -> float:

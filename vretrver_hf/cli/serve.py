@@ -37,6 +37,7 @@ def serve(
     ] = "VRETRVER_API_KEY",
     batch_size: Annotated[int, typer.Option(min=1, help="Windows under way at a time; others wait.")] = 16,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests at a time; others are answered 429.")] = 128,
+    max_connections: Annotated[int, typer.Option(min=2, help="Open connections; others are closed.")] = 512,
     max_documents: Annotated[int, typer.Option(min=1, help="Documents of a request.")] = 200,
     max_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 64 * 2**20,
     max_characters: Annotated[
@@ -80,7 +81,7 @@ def serve(
 
     import uvicorn
 
-    from ..server import Limits, create_app
+    from ..server import Limits, create_app, server_config
 
     with mistakes():
         limits = Limits(
@@ -90,6 +91,7 @@ def serve(
             max_pixels=max_pixels,
             max_total_pixels=max_total_pixels,
             max_requests=max_requests,
+            max_connections=max_connections,
             seconds=timeout,
             image_root=allow_files,
         )
@@ -103,7 +105,7 @@ def serve(
         listener.listen(2048)
         # uvicorn raises the signal again once it is done, which would end the process before the engine.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-        uvicorn.Server(uvicorn.Config(application, log_level="warning")).run([listener])
+        uvicorn.Server(server_config(application, limits, log_level="warning")).run([listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

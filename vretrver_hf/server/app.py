@@ -59,9 +59,10 @@ def create_app(
     ```python
     >>> import uvicorn
     >>> from vretrver_hf import Reranker
-    >>> from vretrver_hf.server import create_app
+    >>> from vretrver_hf.server import create_app, server_config
 
-    >>> uvicorn.run(create_app(Reranker.from_pretrained()), port=8000)  # doctest: +SKIP
+    >>> app = create_app(Reranker.from_pretrained())  # doctest: +SKIP
+    >>> uvicorn.Server(server_config(app, port=8000)).run()  # doctest: +SKIP
     ```
     """
     service = _Service(reranker, ["default", *names], limits or Limits())

@@ -34,6 +34,8 @@ class Limits:
             Most pixels of all pictures of one request.
         max_requests (`int`, *optional*, defaults to 128):
             Most requests at a time, those that are still read included; others are told to come again (429).
+        max_connections (`int`, *optional*, defaults to 512):
+            Most open connections, busy or not; others are closed. [`server_config`] sees to it.
         seconds (`float`, *optional*, defaults to 300):
             Most time for one request, from its arrival: reading it counts.
         image_root (`Path`, *optional*):
@@ -46,6 +48,7 @@ class Limits:
     max_pixels: int = 16_000_000
     max_total_pixels: int = 160_000_000
     max_requests: int = 128
+    max_connections: int = 512
     seconds: float = 300
     image_root: Path | None = None
 
@@ -54,6 +57,11 @@ class Limits:
             value = getattr(self, field.name)
             if field.name != "image_root" and value <= 0:
                 raise ValueError(f"{field.name} must be positive, got {value}")
+        if self.max_connections <= self.max_requests:
+            raise ValueError(
+                f"max_connections must be more than max_requests ({self.max_requests}), got {self.max_connections}: "
+                "who comes on the others is told that the server is busy"
+            )
 
     @property
     def images(self) -> ImageLimits:
