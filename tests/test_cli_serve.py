@@ -14,7 +14,9 @@ import pytest
 from teacher import Reply, ScriptedTeacher
 from test_cli import run
 
-from vretrver_hf.protocol import format_answer, format_turn
+from vretrver_hf.engines import Sampling
+from vretrver_hf.protocol import format_answer, format_turn, get_preset
+from vretrver_hf.reranker import save_config
 from vretrver_hf.samples import load_samples
 
 
@@ -86,6 +88,15 @@ def test_mistakes_are_told_in_one_line(capsys, monkeypatch, args, reason):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     code, _, err = run(capsys, "serve", "--port", "0", *args)
     assert code == 2 and reason in err and "Traceback" not in err
+
+
+def test_a_model_that_replays_the_prompts_of_a_data_set_is_not_served(capsys, tmp_path):
+    save_config(tmp_path, get_preset("release", prompt_source="dataset"), 20, 10, Sampling())
+    before = set(threading.enumerate())
+    code, out, err = run(capsys, "serve", "--port", 0, "--model", tmp_path, "--base-url", "http://127.0.0.1:9/v1")
+    assert code == 2 and err.count("\n") == 1 and not out
+    assert f"{tmp_path} cannot be served: its preset replays the prompts of a data set" in err
+    assert not any(thread.name == "openai-engine" for thread in set(threading.enumerate()) - before)
 
 
 def test_an_endpoint_that_refuses_is_told_in_one_line(capsys):

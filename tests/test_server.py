@@ -18,7 +18,8 @@ from tiny_models import make_processor
 
 from vretrver_hf import Reranker
 from vretrver_hf.encoding import Encoder
-from vretrver_hf.server import Limits, app, connections
+from vretrver_hf.protocol import get_preset
+from vretrver_hf.server import Limits, app, connections, create_app
 
 
 DOCUMENTS = ["3", "7", "5"]
@@ -541,6 +542,12 @@ def refuses(server) -> bool:
             return connection.recv(1) == b""
     except OSError:
         return True
+
+
+def test_a_preset_that_replays_the_prompts_of_a_data_set(engine):
+    preset = get_preset(PRESET, prompt_source="dataset")
+    with pytest.raises(ValueError, match="replays the prompts of a data set"):
+        create_app(Reranker(engine, preset))
 
 
 def test_evidence_is_json(serve):

@@ -99,7 +99,10 @@ def serve(
     reranker = load_reranker(model, device, dtype, engine, base_url, tools=tools, max_sessions=batch_size)
     names = [*(name or []), *([model] if model else ["vretrver-tiny"])]
     with reranker.engine:
-        application = create_app(reranker, names, limits, os.environ.get(api_key_env) or None)
+        try:
+            application = create_app(reranker, names, limits, os.environ.get(api_key_env) or None)
+        except ValueError as error:
+            raise Mistake(f"{names[-1]} cannot be served: {error}") from error
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{listener.getsockname()[1]} serves {', '.join(names)}", file=sys.stderr, flush=True)
         listener.listen(2048)

@@ -18,7 +18,7 @@ from ..engines.base import EngineError
 from ..images import ItemError
 from ..items import Item
 from ..ranking import Ranking
-from ..reranker import Reranker
+from ..reranker import CONFIG_NAME, Reranker
 from .body import read_body
 from .limits import Gate, Limits, Refused, error
 from .metrics import Metrics
@@ -54,6 +54,9 @@ def create_app(
         api_key (`str`, *optional*):
             Key that requests must bring, as `Authorization: Bearer …`.
 
+    Raises:
+        `ValueError`: if the reranker's preset replays the prompts of a data set, which requests do not bring.
+
     Example:
 
     ```python
@@ -65,6 +68,11 @@ def create_app(
     >>> uvicorn.Server(server_config(app, port=8000)).run()  # doctest: +SKIP
     ```
     """
+    if reranker.preset.prompt_source == "dataset":
+        raise ValueError(
+            "its preset replays the prompts of a data set, which requests do not bring; "
+            f'set "prompt_source" to "preset" in its {CONFIG_NAME} to have the preset write them'
+        )
     service = _Service(reranker, ["default", *names], limits or Limits())
 
     @contextlib.asynccontextmanager
