@@ -122,5 +122,5 @@ class Gate:
 
 
 def error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """An error as clients of this API expect it."""
-    return JSONResponse({"message": message}, status, headers=headers)
+    """An error as clients expect it: Cohere's read `message`, Jina's `detail`."""
+    return JSONResponse({"message": message, "detail": message}, status, headers=headers)
