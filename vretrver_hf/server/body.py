@@ -64,9 +64,16 @@ def parse_json(body: bytes, max_parts: int) -> Any:
     """
     if not json.detect_encoding(body).startswith("utf-8"):  # in another encoding the count would be wrong
         raise Refused(422, "the request is not in UTF-8")
-    if next(itertools.islice(_PART.finditer(body), max_parts, None), None) is not None:
+    if _has_more_parts(body, max_parts):
         raise Refused(400, f"the request has more than {max_parts:,} values; send fewer documents")
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Refused(422, f"the request is no JSON: {error}") from None
+
+
+def _has_more_parts(body: bytes, limit: int) -> bool:
+    # Of what is mostly pictures, the marks alone are few enough, and counting those takes a quarter of the time.
+    if sum(map(body.count, (b'"', b",", b"[", b"{"))) <= limit:
+        return False
+    return next(itertools.islice(_PART.finditer(body), limit, None), None) is not None
