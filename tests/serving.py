@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
 
 import uvicorn
+from scripted import ScriptedEngine
 
 from vretrver_hf import Reranker
-from vretrver_hf.server import create_app
+from vretrver_hf.protocol import format_answer, format_call, format_turn, get_preset
+from vretrver_hf.server import create_app, server_config
+
+
+PRESET = get_preset("foveated", overview_pixels=64 * 64, inspect_pixels=64 * 64)
+
+
+class Numbers(ScriptedEngine):
+    """Ranks documents whose texts are numbers, the largest first; queries in `held` wait until they are let go."""
+
+    def __init__(self, encoder, max_sessions: int = 4):
+        super().__init__(encoder, self.answer, max_sessions=max_sessions)
+        self.prompts: dict[str, str] = {}
+        self.go = threading.Event()
+        self.go.set()
+        self.turns: list[str] = []
+
+    def submit(self, session, encoded, sampling):
+        if not session.turn:
+            self.prompts[session.query_id] = encoded.text
+        super().submit(session, encoded, sampling)
+
+    def poll(self, sessions):
+        self.go.wait(20)
+        return super().poll(sessions)
+
+    def answer(self, query_id, turn):
+        prompt = self.prompts[query_id]
+        self.turns.append(query_id)
+        if "Query: crash" in prompt:
+            raise MemoryError("out of memory")
+        if "Query: look" in prompt and turn == 0:
+            return format_turn("closer", format_call("select_images", {"target_images": [1]}))
+        numbers = re.findall(r"^\(\d+\) .*?(\d+)$", prompt, re.MULTILINE)
+        order = sorted(range(len(numbers)), key=lambda i: -int(numbers[i]))
+        return format_turn("by size", format_answer(order))
 
 
 class Serving:
@@ -18,7 +55,8 @@ class Serving:
     def __init__(self, reranker: Reranker, **settings):
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(create_app(reranker, **settings), log_level="error"))
+        application = create_app(reranker, **settings)
+        self._server = uvicorn.Server(server_config(application, settings.get("limits"), log_level="error"))
         self._thread = threading.Thread(target=self._server.run, args=([self._listener],))
 
     def __enter__(self) -> Serving:

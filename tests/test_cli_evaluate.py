@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 from mbeir_files import write_mbeir
+from teacher import ScriptedTeacher
 from test_cli_sample import finish, kill_after, run, start
 
 from vretrver_hf import Item
 from vretrver_hf.data.examples import RerankExample, write_examples
 from vretrver_hf.data.trec import Hit, read_run, write_run
+from vretrver_hf.engines.openai import OpenAIEngine
 from vretrver_hf.evaluation.job import QueryResult
+from vretrver_hf.protocol import format_answer, format_turn
 from vretrver_hf.trajectory import Trajectory
 
 
@@ -74,6 +77,18 @@ def test_what_is_written(whole):
     }
     settings = json.loads((whole / "metrics.json").read_text())["settings"]
     assert settings["window"] == 3 and settings["preset"]["prompt_source"] == "preset" and settings["depth"] == 50
+
+
+def test_the_engine_is_ended(data, tmp_path, monkeypatch, capsys):
+    """What it holds beyond this process, such as vLLM's own processes, must not outlive the job."""
+    ended = []
+    shutdown = OpenAIEngine.shutdown
+    monkeypatch.setattr(OpenAIEngine, "shutdown", lambda engine: (ended.append(engine), shutdown(engine)))
+    with ScriptedTeacher(lambda body, before: format_turn("so", format_answer([0, 1, 2]))) as server:
+        args = arguments(data, tmp_path / "out", "--model", "m", "--base-url", server.url, "--limit", 1)
+        code, _, err = run(capsys, *args)
+    assert code == 0, err
+    assert len(ended) == 1
 
 
 def test_killed_and_started_again(data, whole, tmp_path):

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -364,7 +365,9 @@ class TestSampleAtAnEndpoint:
         with ScriptedTeacher(script) as server:
             args = ["sample", "--data", data, "--out", "out", "--num-samples", "2", "--keep", "any"]
             args += ["--model", "m", "--base-url", server.url, "--batch-size", "4"]
+            before = set(threading.enumerate())
             run(capsys, *args)
+            assert not any(thread.name == "openai-engine" for thread in set(threading.enumerate()) - before)
             card = Path("out/README.md").read_text()
             assert "q1" in card and "engine 'openai' at" in card and "not now" in card
             asked = len(server.requests)

@@ -16,6 +16,7 @@ from vretrver_hf.engines import EngineError, Sampling
 from vretrver_hf.engines.openai import OpenAIEngine
 from vretrver_hf.engines.scripted import ScriptedEngine
 from vretrver_hf.protocol import format_answer, format_call, format_turn, get_preset
+from vretrver_hf.trajectory import Trajectory
 
 
 PRESET = get_preset("foveated", overview_pixels=128 * 128, inspect_pixels=160 * 160, max_calls=3)
@@ -61,6 +62,30 @@ def test_a_conversation_with_calls_and_pictures(make_reranker, picture):
     items = [None, *pictures]
     rendered = [ref.render(items[ref.index]).tobytes() for ref in trajectory.images]
     assert [image.tobytes() for image in shown if image is not None] == rendered and len(rendered) == 3
+
+
+def test_tokens_are_those_that_the_endpoint_counts(make_reranker, picture):
+    usage = [{"prompt_tokens": 100, "completion_tokens": 20}, {"prompt_tokens": 150, "completion_tokens": 7}]
+
+    def count(body, before):
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": by_turn(body, 0)}}
+        counts = {**usage[turn_of(body)], "total_tokens": 0}
+        return Reply(body={"id": "1", "object": "chat.completion", "created": 0, "choices": [choice], "usage": counts})
+
+    with ScriptedTeacher(count) as server:
+        ranking = make_reranker(server.url).rank("a cat", [picture(), picture()])
+    (trajectory,) = ranking.trajectories
+    assert (ranking.num_tokens, trajectory.num_sampled_tokens) == (157, 27)
+    assert Trajectory.from_dict(trajectory.to_dict()) == trajectory
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": 5}, {"prompt_tokens": None, "completion_tokens": 1}])
+def test_an_endpoint_that_does_not_count(make_reranker, usage):
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": ANSWER}}
+    reply = Reply(body={"id": "1", "object": "chat.completion", "created": 0, "choices": [choice], "usage": usage})
+    with ScriptedTeacher(lambda body, before: reply) as server:
+        ranking = make_reranker(server.url).rank("a cat", ["a", "b"])
+    assert ranking.order == [1, 0] and ranking.num_tokens == 0 and ranking.trajectories[0].usage is None
 
 
 def pixels(block) -> Image.Image | None:

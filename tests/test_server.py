@@ -3,7 +3,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
+import logging
 import socket
 import threading
 import time
@@ -13,50 +13,18 @@ from urllib.parse import urlsplit
 import cohere
 import httpx
 import pytest
-from scripted import ScriptedEngine
-from serving import Serving
+from serving import PRESET, Numbers, Serving
 from tiny_models import make_processor
 
 from vretrver_hf import Reranker
 from vretrver_hf.encoding import Encoder
-from vretrver_hf.protocol import format_answer, format_call, format_turn, get_preset
-from vretrver_hf.server import Limits
+from vretrver_hf.protocol import get_preset
+from vretrver_hf.server import Limits, app, connections, create_app
 
 
-PRESET = get_preset("foveated", overview_pixels=64 * 64, inspect_pixels=64 * 64)
 DOCUMENTS = ["3", "7", "5"]
 ORDER = [1, 2, 0]
-
-
-class Numbers(ScriptedEngine):
-    """Ranks documents whose texts are numbers, the largest first; queries in `held` wait until they are let go."""
-
-    def __init__(self, encoder, max_sessions: int = 4):
-        super().__init__(encoder, self.answer, max_sessions=max_sessions)
-        self.prompts: dict[str, str] = {}
-        self.go = threading.Event()
-        self.go.set()
-        self.turns: list[str] = []
-
-    def submit(self, session, encoded, sampling):
-        if not session.turn:
-            self.prompts[session.query_id] = encoded.text
-        super().submit(session, encoded, sampling)
-
-    def poll(self, sessions):
-        self.go.wait(20)
-        return super().poll(sessions)
-
-    def answer(self, query_id, turn):
-        prompt = self.prompts[query_id]
-        self.turns.append(query_id)
-        if "Query: crash" in prompt:
-            raise MemoryError("out of memory")
-        if "Query: look" in prompt and turn == 0:
-            return format_turn("closer", format_call("select_images", {"target_images": [1]}))
-        numbers = re.findall(r"^\(\d+\) .*?(\d+)$", prompt, re.MULTILINE)
-        order = sorted(range(len(numbers)), key=lambda i: -int(numbers[i]))
-        return format_turn("by size", format_answer(order))
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +137,15 @@ class TestPictures:
         response = post(serve(limits=Limits(max_pixels=5000)), documents=["1", {"image": data_url(picture(100, 80))}])
         assert response.status_code == 400 and "limit of 5,000" in response.json()["message"]
 
+    def test_pictures_that_are_together_beyond_the_limit(self, serve, picture, engine):
+        server = serve(limits=Limits(max_total_pixels=20_000))
+        shown = {"image": data_url(picture(100, 80))}
+        assert len(order(post(server, documents=["1", shown, shown]))) == 3
+        played = len(engine.turns)
+        response = post(server, query={"text": "q", **shown}, documents=["1", shown, shown])
+        assert response.status_code == 400 and len(engine.turns) == played
+        assert response.json()["message"].startswith("document 2: with its picture there are 24,000 pixels")
+
     def test_files_below_the_folder_that_is_allowed_and_no_others(self, serve, picture, tmp_path, engine):
         folder = tmp_path / "allowed"
         folder.mkdir()
@@ -180,13 +157,37 @@ class TestPictures:
         for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "a\0.png", "http://x/a.png"):
             refused = post(server, documents=["1", {"image": name}])
             assert refused.status_code == 400, name
-        assert post(server, documents=["1", {"image": "missing.png"}]).status_code == 400
+        response = post(server, documents=["1", {"image": "missing.png"}])
+        assert response.status_code == 400
+        assert response.json()["message"] == "document 1 ('missing.png') does not exist; check the path"
 
 
 class TestLimits:
     def test_documents(self, serve):
         response = post(serve(limits=Limits(max_documents=2)))
         assert response.status_code == 400 and "3 documents are more than the 2 allowed" in response.json()["message"]
+
+    def test_far_too_many_documents_are_refused_before_they_are_values(self, serve, monkeypatch):
+        monkeypatch.setattr(json, "loads", lambda *args, **kwargs: pytest.fail("they were parsed"))
+        body = b'{"query": "q", "documents": [' + b'"", ' * 30_000 + b'""]}'
+        response = httpx.post(serve().url + "/v1/rerank", content=body, headers=JSON)
+        assert response.status_code == 400 and b"send fewer documents" in response.content
+
+    def test_characters(self, serve, engine):
+        server = serve(limits=Limits(max_characters=10))
+        blocks = {"content": [{"type": "text", "text": "x" * 5}, {"type": "text", "text": "y" * 5}]}
+        assert order(post(server, query="x" * 10, documents=["1" * 10, "2"])) == [0, 1]
+        played = len(engine.turns)
+        for field, body in [
+            ("query", {"query": "x" * 11}),
+            ("document 0", {"documents": ["x" * 11]}),
+            ("document 1", {"documents": ["1", {"text": "x" * 11}]}),
+            ("document 0", {"documents": [blocks]}),
+        ]:
+            response = post(server, **body)
+            told = f"{field}: its text has 11 characters, more than the 10 allowed"
+            assert response.status_code == 400 and response.json()["message"] == told
+        assert len(engine.turns) == played
 
     def test_bytes_declared_and_sent_in_pieces(self, serve):
         server = serve(limits=Limits(max_bytes=1000))
@@ -196,7 +197,8 @@ class TestLimits:
             for _ in range(20):
                 yield b"x" * 100
 
-        response = httpx.post(server.url + "/v1/rerank", content=pieces())
+        response = httpx.post(server.url + "/v1/rerank", content=pieces(), headers=JSON)
+        assert "content-length" not in response.request.headers
         assert response.status_code == 413 and "1,000 bytes" in response.json()["message"]
 
     def test_without_the_key_nothing_is_read(self, serve):
@@ -237,10 +239,136 @@ class TestLimits:
         wait_for(lambda: metric(server, "vretrver_requests_here") == 0)
         assert not engine._open and metric(server, 'vretrver_requests_total{status="499"}') == 1
 
-    @pytest.mark.parametrize("name", ["max_documents", "max_bytes", "max_pixels", "max_requests", "seconds"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "max_documents",
+            "max_bytes",
+            "max_characters",
+            "max_pixels",
+            "max_total_pixels",
+            "max_requests",
+            "max_connections",
+            "seconds",
+        ],
+    )
     def test_no_limit_may_be_nothing(self, name):
         with pytest.raises(ValueError, match=f"{name} must be positive"):
             Limits(**{name: 0})
+
+
+class TestAdmission:
+    def test_who_is_still_sending_has_a_place(self, serve):
+        server = serve(limits=Limits(max_requests=2))
+        senders = [begin(server) for _ in range(2)]
+        wait_for(lambda: metric(server, "vretrver_requests_here") == 2)
+        assert post(server).status_code == 429
+        for sender in senders:
+            sender.close()
+        wait_for(lambda: metric(server, "vretrver_requests_here") == 0)
+        assert order(post(server)) == ORDER and metric(server, 'vretrver_requests_total{status="499"}') == 2
+
+    def test_no_more_are_decoded_than_are_taken(self, serve, monkeypatch):
+        """Of many that come at once, those that find no place cost nothing."""
+        here, decoded = threading.Event(), []
+
+        def items_of(*args):
+            decoded.append(args)
+            here.wait(20)
+            return original(*args)
+
+        original = app.items_of
+        monkeypatch.setattr(app, "items_of", items_of)
+        server = serve(limits=Limits(max_requests=2))
+        with ThreadPoolExecutor(6) as pool:
+            futures = [pool.submit(post, server) for _ in range(6)]
+            wait_for(lambda: sum(future.done() for future in futures) == 4)
+            here.set()
+            assert sorted(future.result().status_code for future in futures) == [200] * 2 + [429] * 4
+        assert len(decoded) == 2
+
+    def test_a_ranking_that_was_given_up_has_its_place_until_the_engine_lets_go(self, serve, engine):
+        server = serve(limits=Limits(max_requests=1, seconds=0.3))
+        engine.go.clear()
+        assert [post(server).status_code for _ in range(3)] == [504, 429, 429]
+        engine.go.set()
+        wait_for(lambda: metric(server, "vretrver_requests_here") == 0)
+        assert order(post(server)) == ORDER
+
+
+class TestDeadline:
+    def test_a_body_that_drips_in(self, serve):
+        server = serve(limits=Limits(seconds=0.5))
+        sender = begin(server)
+        assert drip(sender, b" ").startswith(b"HTTP/1.1 408 ")
+        wait_for(lambda: metric(server, "vretrver_requests_here") == 0)
+
+    def test_the_time_it_took_to_arrive_counts(self, serve, engine):
+        server = serve(limits=Limits(seconds=3))
+        engine.go.clear()
+        started = time.monotonic()
+        sender = begin(server, length=len(BODY))
+        time.sleep(2)
+        sender.sendall(BODY)
+        assert sender.recv(1000).startswith(b"HTTP/1.1 504 ")
+        assert time.monotonic() - started < 4.5
+        sender.close()
+
+
+class TestConnections:
+    def test_one_too_many_is_closed_and_idle_ones_make_room(self, serve, monkeypatch):
+        monkeypatch.setattr(connections, "PATIENCE", 1.0)
+        server = serve(limits=Limits(max_requests=1, max_connections=3))
+        idle = [connect(server) for _ in range(3)]
+        assert is_closed(connect(server)) and not is_closed(idle[0], seconds=0.1)
+        wait_for(lambda: all(is_closed(connection) for connection in idle))
+        assert order(post(server)) == ORDER
+
+    @pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"])
+    def test_who_never_ends_the_head_of_a_request(self, serve, monkeypatch, before):
+        """The first one, or the one after another."""
+        monkeypatch.setattr(connections, "PATIENCE", 0.5)
+        connection = connect(serve())
+        if before:
+            connection.sendall(before)
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(b"GET /health HTTP/1.1\r\nX-Slow: ")
+        assert drip(connection, b"x") == b""
+
+    def test_who_waits_for_an_answer_may_wait(self, serve, engine, monkeypatch):
+        monkeypatch.setattr(connections, "PATIENCE", 0.2)
+        server = serve()
+        engine.go.clear()
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(post, server)
+            time.sleep(1)
+            engine.go.set()
+            assert order(answer.result()) == ORDER
+
+    def test_there_are_more_than_requests(self):
+        with pytest.raises(ValueError, match="more than max_requests"):
+            Limits(max_requests=8, max_connections=8)
+
+
+class TestFailures:
+    """What fails here is told to the operator; clients get an id to ask with."""
+
+    def test_an_engine(self, serve, caplog):
+        response = post(serve(), query="crash")
+        self.check(response, 502, caplog, "out of memory")
+
+    def test_anything_else(self, serve, caplog, monkeypatch):
+        monkeypatch.setattr(app, "items_of", lambda *args: open("/no/such/secret"))
+        server = serve()
+        self.check(post(server), 500, caplog, "/no/such/secret")
+        assert metric(server, "vretrver_requests_here") == 0
+
+    def check(self, response, status, caplog, reason):
+        assert response.status_code == status and reason not in response.text
+        request_id = response.json()["message"].rpartition(" ")[2]
+        assert request_id.startswith("rerank-")
+        (record,) = [record for record in caplog.records if request_id in record.message]
+        assert reason in record.message and record.levelno == logging.ERROR
 
 
 class TestRequests:
@@ -260,8 +388,23 @@ class TestRequests:
         assert "SECRET" not in response.text
 
     def test_no_json(self, serve):
-        response = httpx.post(serve().url + "/v1/rerank", content=b"{", headers={"Content-Type": "application/json"})
+        response = httpx.post(serve().url + "/v1/rerank", content=b"{", headers=JSON)
         assert response.status_code == 422 and "message" in response.json()
+
+    @pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded"])
+    def test_what_a_page_in_a_browser_could_send_unasked(self, serve, content_type):
+        headers = {"Content-Type": content_type} if content_type else {}
+        response = httpx.post(serve().url + "/v1/rerank", content=BODY, headers=headers)
+        assert response.status_code == 415 and "Content-Type: application/json" in response.json()["message"]
+
+    def test_its_fields_are_documented(self, serve):
+        schema = httpx.get(serve().url + "/openapi.json").json()
+        request = schema["paths"]["/rerank"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert {"query", "documents", "top_n", "evidence"} <= set(request["properties"])
+        found = schema
+        for part in request["properties"]["query"]["anyOf"][1]["$ref"].removeprefix("#/").split("/"):
+            found = found[part.replace("~1", "/")]
+        assert "image" in found["properties"]
 
     @pytest.mark.parametrize("query", ["", " ", {}])
     def test_no_query(self, serve, query):
@@ -309,7 +452,7 @@ class TestConcurrency:
     def test_an_engine_that_fails_costs_what_was_under_way_and_nothing_else(self, serve, engine):
         server = serve()
         response = post(server, query="crash")
-        assert response.status_code == 502 and "out of memory" in response.json()["message"]
+        assert response.status_code == 502 and "out of memory" not in response.text
         assert not engine._open and order(post(server)) == ORDER
 
     def test_shutting_down_finishes_what_was_taken(self, serve, engine):
@@ -337,6 +480,46 @@ class TestMetrics:
         assert metric(server, "vretrver_request_seconds_count") == 3 and metric(server, "vretrver_tokens_total") > 0
 
 
+BODY = json.dumps({"query": "largest", "documents": DOCUMENTS}).encode()
+
+
+def connect(server) -> socket.socket:
+    parts = urlsplit(server.url)
+    return socket.create_connection((parts.hostname, parts.port), timeout=20)
+
+
+def begin(server, length: int = 1000) -> socket.socket:
+    """A request without its body."""
+    connection = connect(server)
+    head = f"POST /v1/rerank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    connection.sendall(head.encode())
+    return connection
+
+
+def drip(connection: socket.socket, piece: bytes) -> bytes:
+    """Sends a little now and then. Returns what comes back, nothing where the connection is closed."""
+    connection.settimeout(0.1)
+    for _ in range(200):
+        try:
+            connection.sendall(piece)
+            return connection.recv(1000)
+        except TimeoutError:
+            continue
+        except OSError:
+            return b""
+    raise AssertionError("it was never ended")
+
+
+def is_closed(connection: socket.socket, seconds: float = 2) -> bool:
+    connection.settimeout(seconds)
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
 def metric(server, name: str) -> float:
     text = httpx.get(server.url + "/metrics").text
     (line,) = [line for line in text.splitlines() if line.startswith(name + " ")] or [f"{name} 0"]
@@ -359,6 +542,12 @@ def refuses(server) -> bool:
             return connection.recv(1) == b""
     except OSError:
         return True
+
+
+def test_a_preset_that_replays_the_prompts_of_a_data_set(engine):
+    preset = get_preset(PRESET, prompt_source="dataset")
+    with pytest.raises(ValueError, match="replays the prompts of a data set"):
+        create_app(Reranker(engine, preset))
 
 
 def test_evidence_is_json(serve):

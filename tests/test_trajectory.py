@@ -61,7 +61,8 @@ def test_a_bad_line_is_named(tmp_path):
 def test_datasets_give_equal_records_back(tmp_path):
     import datasets
 
-    trajectories = [example(), example(turns=[], order=[], error="broken")]
+    counted = example(exact_tokens=False, usage={"tokens": 20, "sampled": 5})
+    trajectories = [example(), example(turns=[], order=[], error="broken"), counted]
     to_dataset(trajectories).to_parquet(tmp_path / "t.parquet")
     again = datasets.Dataset.from_parquet(str(tmp_path / "t.parquet"), cache_dir=str(tmp_path))
     assert list(from_dataset(again)) == trajectories

@@ -256,6 +256,10 @@ class AgentLoop:
         if result.error is not None:
             rollout.trajectory.finish, rollout.trajectory.error = "error", result.error
             return True
+        if result.usage is not None:
+            read, written = result.usage  # the first grows from turn to turn: it holds all turns before
+            sampled = rollout.trajectory.num_sampled_tokens + written
+            rollout.trajectory.usage = {"tokens": read + written, "sampled": sampled}
         encoder = self.engine.encoder
         text = encoder.decode(result.token_ids) if result.text is None else result.text
         parsed = parse_turn(text) if result.stop != "length" else _cut_short(self.sampling.max_turn_tokens)

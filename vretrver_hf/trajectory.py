@@ -118,6 +118,9 @@ class Trajectory:
             Whether the ids are those the model sampled; an engine that returns only text says `False`.
         error (`str`, *optional*):
             What went wrong, where `finish` is `"error"`.
+        usage (`dict`, *optional*):
+            `{"tokens": …, "sampled": …}`: tokens read and written, and those written, as an engine that returns only
+            text counts them.
     """
 
     query_id: str
@@ -133,6 +136,7 @@ class Trajectory:
     sample: int = 0
     exact_tokens: bool = True
     error: str | None = None
+    usage: dict[str, int] | None = None
 
     @property
     def token_ids(self) -> list[int]:
@@ -180,12 +184,12 @@ class Trajectory:
     @property
     def num_tokens(self) -> int:
         """Tokens read and written, image tokens included."""
-        return sum(len(turn.token_ids) for turn in self.turns)
+        return self.usage["tokens"] if self.usage else sum(len(turn.token_ids) for turn in self.turns)
 
     @property
     def num_sampled_tokens(self) -> int:
         """Tokens that the model wrote."""
-        return sum(turn.num_sampled for turn in self.turns)
+        return self.usage["sampled"] if self.usage else sum(turn.num_sampled for turn in self.turns)
 
     @property
     def seconds(self) -> float:
@@ -286,5 +290,6 @@ def _features() -> datasets.Features:
             "sample": integer,
             "exact_tokens": flag,
             "error": text,
+            "usage": {"tokens": integer, "sampled": integer},
         }
     )

@@ -134,7 +134,7 @@ def evaluate(
         }
         journal = Journal(out / "journal", settings, shard.index)
     with journal:
-        with engine_mistakes():
+        with engine_mistakes(), reranker.engine:
             _play(reranker, queries, journal, depth, shard, trajectories)
         shard.leave()
         if not shard.is_main:

@@ -71,7 +71,7 @@ def rank(
     if trace is not None:
         trace.model(model, reranker)
         trace.ask(query_item, candidates)
-    with engine_mistakes():
+    with engine_mistakes(), reranker.engine:
         ranking = reranker.rank(query_item, candidates, top_k=top_k, on_event=None if trace is None else trace.event)
     if html is not None:
         ranking.save_html(html)

@@ -114,7 +114,7 @@ def sample(
         settings = _settings(model, "openai" if base_url else engine, data, split, num_samples, reranker, dtype)
         journal = Journal(out / "journal", settings, shard.index)
     with journal:
-        with engine_mistakes():
+        with engine_mistakes(), reranker.engine:
             _play(reranker, examples, keys, journal, num_samples, max_rank, shard)
         shard.leave()
         if not shard.is_main:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from .common import (
     NoToolsOption,
     load_reranker,
 )
+from .jobs import mistakes
 
 
 def serve(
@@ -35,10 +37,18 @@ def serve(
     ] = "VRETRVER_API_KEY",
     batch_size: Annotated[int, typer.Option(min=1, help="Windows under way at a time; others wait.")] = 16,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests at a time; others are answered 429.")] = 128,
+    max_connections: Annotated[int, typer.Option(min=2, help="Open connections; others are closed.")] = 512,
     max_documents: Annotated[int, typer.Option(min=1, help="Documents of a request.")] = 200,
     max_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 64 * 2**20,
+    max_characters: Annotated[
+        int, typer.Option(min=1, help="Characters of a text: the query's, a document's.")
+    ] = 20_000,
     max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a picture.")] = 16_000_000,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request; then 504.")] = 300,
+    max_total_pixels: Annotated[int, typer.Option(min=1, help="Pixels of all pictures of a request.")] = 160_000_000,
+    timeout: Annotated[
+        float,
+        typer.Option(min=0.1, help="Seconds for a request from its arrival on; then 504, or 408 while it is read."),
+    ] = 300,
     allow_files: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", exists=True, file_okay=False, help="Let documents name pictures below it."),
@@ -68,24 +78,37 @@ def serve(
         if importlib.util.find_spec(package) is None:
             raise Mistake(f"{package} is not installed: pip install 'vretrver-hf[serve]'")
     listener = _listen(host, port)  # a port in use is told before a model is loaded
-    tools = False if no_tools else None
-    reranker = load_reranker(model, device, dtype, engine, base_url, tools=tools, max_sessions=batch_size)
 
     import uvicorn
 
-    from ..server import Limits, create_app
+    from ..server import Limits, create_app, server_config
 
-    limits = Limits(max_documents, max_bytes, max_pixels, max_requests, timeout, allow_files)
+    with mistakes():
+        limits = Limits(
+            max_documents=max_documents,
+            max_bytes=max_bytes,
+            max_characters=max_characters,
+            max_pixels=max_pixels,
+            max_total_pixels=max_total_pixels,
+            max_requests=max_requests,
+            max_connections=max_connections,
+            seconds=timeout,
+            image_root=allow_files,
+        )
+    tools = False if no_tools else None
+    reranker = load_reranker(model, device, dtype, engine, base_url, tools=tools, max_sessions=batch_size)
     names = [*(name or []), *([model] if model else ["vretrver-tiny"])]
-    application = create_app(reranker, names, limits, os.environ.get(api_key_env) or None)
-    server = uvicorn.Server(uvicorn.Config(application, log_level="warning"))
-    shown = f"[{host}]" if ":" in host else host
-    print(f"http://{shown}:{listener.getsockname()[1]} serves {', '.join(names)}", file=sys.stderr, flush=True)
-    listener.listen(2048)
-    try:
-        server.run([listener])
-    finally:
-        reranker.engine.shutdown()
+    with reranker.engine:
+        try:
+            application = create_app(reranker, names, limits, os.environ.get(api_key_env) or None)
+        except ValueError as error:
+            raise Mistake(f"{names[-1]} cannot be served: {error}") from error
+        shown = f"[{host}]" if ":" in host else host
+        print(f"http://{shown}:{listener.getsockname()[1]} serves {', '.join(names)}", file=sys.stderr, flush=True)
+        listener.listen(2048)
+        # uvicorn raises the signal again once it is done, which would end the process before the engine.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+        uvicorn.Server(server_config(application, limits, log_level="warning")).run([listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

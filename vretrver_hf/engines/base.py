@@ -6,7 +6,7 @@ import dataclasses
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from ..encoding import Encoded, Encoder, MessageEncoder
 
@@ -93,6 +93,9 @@ class TurnResult:
             The turn as text, from engines that return no tokens; `token_ids` is empty then.
         error (`str`, *optional*):
             Why there is no turn, naming the engine and the query; `stop` is `"error"` then.
+        usage (`tuple[int, int]`, *optional*):
+            Tokens of the conversation that the turn continues, and of the turn, as an engine that returns no tokens
+            counts them.
     """
 
     session: Session
@@ -102,6 +105,7 @@ class TurnResult:
     seconds: float
     text: str | None = None
     error: str | None = None
+    usage: tuple[int, int] | None = None
 
 
 class Engine(ABC):
@@ -110,7 +114,8 @@ class Engine(ABC):
 
     The caller opens a session, submits what the model reads next, and polls; each poll advances everything that is
     under way until at least one turn is done. A session keeps its state between turns until it is
-    closed. Several callers may take turns on one engine, in one thread.
+    closed. Several callers may take turns on one engine, in one thread. As a context manager it ends with
+    [`Engine.shutdown`].
     """
 
     encoder: Encoder | MessageEncoder
@@ -149,3 +154,9 @@ class Engine(ABC):
 
     def shutdown(self) -> None:  # noqa: B027 - most engines hold nothing
         """Frees what the engine holds beyond the process's memory. It cannot be used any more."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.shutdown()

@@ -25,7 +25,8 @@ class OpenAIEngine(Engine):
 
     Conversations are under way at the same time, up to `max_sessions`; each turn is one request with the whole
     conversation, pictures as data URLs. Tool calls are read from the text by this package's parser, so the endpoint
-    needs no tool support. It returns text and no token ids, which trajectories say with `exact_tokens=False`.
+    needs no tool support. It returns text and no token ids, which trajectories say with `exact_tokens=False`; their
+    numbers of tokens are those that the endpoint tells, and 0 where it tells none.
 
     A request that fails for a reason that may pass is tried again with growing pauses, within `retries` and
     `deadline`. A turn that fails for good ends its own conversation, with an error that names the engine and the
@@ -146,7 +147,8 @@ class OpenAIEngine(Engine):
         except Exception as error:  # whatever it is, it must not cost the other conversations
             return self._failed(session, error, time.perf_counter() - started)
         session.messages.append({"role": "assistant", "content": text})
-        return TurnResult(session, [], None, stop, time.perf_counter() - started, text=text)
+        seconds = time.perf_counter() - started
+        return TurnResult(session, [], None, stop, seconds, text=text, usage=_usage(reply))
 
     def _request(self, session: _Session, sampling: Sampling, seed: int) -> dict[str, Any]:
         extra = {"top_k": sampling.top_k} if sampling.top_k else {}
@@ -201,6 +203,13 @@ def _read(reply: Any) -> tuple[str, Any]:
     if not text.endswith(_END_OF_CALL) and (stopped_by == _END_OF_CALL or (stopped_by is None and is_open)):
         text += _END_OF_CALL
     return text, "call" if text.endswith(_END_OF_CALL) else "end"
+
+
+def _usage(reply: Any) -> tuple[int, int] | None:
+    """Tokens read and written, where the endpoint tells both."""
+    usage = getattr(reply, "usage", None)
+    read, written = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
+    return (read, written) if isinstance(read, int) and isinstance(written, int) else None
 
 
 def _without_credentials(url: str) -> str:

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 
 from .. import __version__
 from ..engines.base import EngineError
 from ..images import ItemError
+from ..items import Item
 from ..ranking import Ranking
-from ..ranking_loop import RankingJob
-from ..reranker import Reranker
-from .limits import Gate, Limits, error
+from ..reranker import CONFIG_NAME, Reranker
+from .body import read_body
+from .limits import Gate, Limits, Refused, error
 from .metrics import Metrics
-from .schema import RerankRequest, item_of, response_of
+from .schema import RerankRequest, items_of, request_of, response_of
 from .worker import Busy, Closing, Worker
 
 
+logger = logging.getLogger(__name__)
+
 PATHS = ("/v1/rerank", "/v2/rerank", "/rerank")
 """Where clients of Jina, Cohere and vLLM look."""
+
+_DEFINITIONS = "#/paths/~1v1~1rerank/post/requestBody/content/application~1json/schema/$defs"
+"""Where the parts of a request are described in the API's documentation."""
 
 _LOOK_UP = 0.5
 """Seconds between looks whether the client is still there."""
@@ -46,16 +54,25 @@ def create_app(
         api_key (`str`, *optional*):
             Key that requests must bring, as `Authorization: Bearer …`.
 
+    Raises:
+        `ValueError`: if the reranker's preset replays the prompts of a data set, which requests do not bring.
+
     Example:
 
     ```python
     >>> import uvicorn
     >>> from vretrver_hf import Reranker
-    >>> from vretrver_hf.server import create_app
+    >>> from vretrver_hf.server import create_app, server_config
 
-    >>> uvicorn.run(create_app(Reranker.from_pretrained()), port=8000)  # doctest: +SKIP
+    >>> app = create_app(Reranker.from_pretrained())  # doctest: +SKIP
+    >>> uvicorn.Server(server_config(app, port=8000)).run()  # doctest: +SKIP
     ```
     """
+    if reranker.preset.prompt_source == "dataset":
+        raise ValueError(
+            "its preset replays the prompts of a data set, which requests do not bring; "
+            f'set "prompt_source" to "preset" in its {CONFIG_NAME} to have the preset write them'
+        )
     service = _Service(reranker, ["default", *names], limits or Limits())
 
     @contextlib.asynccontextmanager
@@ -64,38 +81,38 @@ def create_app(
         await asyncio.to_thread(service.worker.close)
 
     app = FastAPI(title="vretrver", version=__version__, lifespan=lifespan)
-    app.add_middleware(Gate, max_bytes=service.limits.max_bytes, api_key=api_key)
-    app.add_exception_handler(RequestValidationError, _tell_what_is_wrong)
-    for path in PATHS:
-        app.post(path, response_model=None, operation_id=f"rerank{PATHS.index(path)}")(service.rerank)
+    app.add_middleware(Gate, api_key=api_key)
+    # The request is read by hand, within limits; this documents it.
+    schema = RerankRequest.model_json_schema(ref_template=_DEFINITIONS + "/{model}")
+    documented = {"requestBody": {"content": {"application/json": {"schema": schema}}}}
+    for index, path in enumerate(PATHS):
+        app.post(path, response_model=None, operation_id=f"rerank{index}", openapi_extra=documented)(service.rerank)
     app.get("/v1/models", response_model=None)(service.models)
     app.get("/health", response_model=None)(service.health)
     app.get("/metrics", response_model=None)(service.show_metrics)
     return app
 
 
-class _Refused(Exception):
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None):
-        self.response = error(status, message, headers)
-
-
 class _Service:
     def __init__(self, reranker: Reranker, names: list[str], limits: Limits):
-        self.limits = limits
         self.worker = Worker(reranker, limits.max_requests)
+        self._limits = limits
         self._metrics = Metrics(self.worker)
         self._names = names
 
-    async def rerank(self, body: RerankRequest, request: Request) -> Any:
+    async def rerank(self, request: Request) -> Any:
         """Ranks documents for a query, best first."""
         started = time.perf_counter()
+        request_id = f"rerank-{uuid.uuid4().hex}"
         try:
-            self._check(body)
-            ranking = await self._rank(body, request)
-            self._metrics.ranked(ranking)
-            status, response = 200, response_of(body, ranking)
-        except _Refused as refused:
-            status, response = refused.response.status_code, refused.response
+            response, status = await self._answer(request, request_id), 200
+        except Refused as refused:
+            response, status = refused.response, refused.status
+        except Exception as failure:
+            # Why is for the operator: it may name files, addresses, or what others asked.
+            logger.error("%s: %s", request_id, failure, exc_info=not isinstance(failure, EngineError))
+            status = 502 if isinstance(failure, EngineError) else 500
+            response = error(status, f"the ranking failed; the server's log says why, under {request_id}")
         self._metrics.answered(status, time.perf_counter() - started)
         return response
 
@@ -111,59 +128,50 @@ class _Service:
         """For Prometheus."""
         return Response(self._metrics.render(), media_type="text/plain; version=0.0.4")
 
-    def _check(self, body: RerankRequest) -> None:
-        if body.model not in self._names:
-            raise _Refused(404, f"no model {body.model[:100]!r} here; there is {', '.join(self._names)}")
-        if len(body.documents) > self.limits.max_documents:
-            raise _Refused(
-                400, f"{len(body.documents)} documents are more than the {self.limits.max_documents} allowed"
-            )
-
-    async def _rank(self, body: RerankRequest, request: Request) -> Ranking:
+    async def _answer(self, request: Request, request_id: str) -> dict[str, Any]:
+        """The response, or `Refused`. The place is taken before anything is read, so that waiting costs no memory."""
+        ends = asyncio.get_running_loop().time() + self._limits.seconds
+        ticket = self._enter()
         try:
-            self.worker.check()  # before anything is decoded
-            job = await asyncio.to_thread(self._job, body)
-            future = asyncio.wrap_future(self.worker.submit(job))
-            return await self._await(future, job, request)
+            body = await self._read(request, ends)
+            async with asyncio.timeout_at(ends):
+                asked, items = await asyncio.to_thread(self._understand, body)
+                ranking = await self._wait(self.worker.submit(ticket, items[0], items[1:]), request)
         except ItemError as reason:
-            raise _Refused(400, str(reason)) from None
+            raise Refused(400, str(reason)) from None
+        except TimeoutError:
+            raise Refused(504, f"no ranking within {self._limits.seconds:g} s; send fewer documents") from None
+        finally:
+            self.worker.leave(ticket)
+        self._metrics.ranked(ranking)
+        return response_of(asked, ranking, request_id)
+
+    def _enter(self) -> str:
+        try:
+            return self.worker.enter()
         except Busy as reason:
-            raise _Refused(429, str(reason), {"Retry-After": "1"}) from None
+            raise Refused(429, str(reason), {"Retry-After": "1"}) from None
         except Closing as reason:
-            raise _Refused(503, str(reason)) from None
-        except EngineError as reason:
-            raise _Refused(502, str(reason)) from None
+            raise Refused(503, str(reason)) from None
 
-    def _job(self, body: RerankRequest) -> RankingJob:
-        """The query and its documents, each picture read once, so that a bad one is known before the model runs."""
-        names = ["query", *(f"document {index}" for index in range(len(body.documents)))]
-        items = [
-            item_of(value, name, self.limits) for name, value in zip(names, [body.query, *body.documents], strict=True)
-        ]
-        for name, item in zip(names, items, strict=True):
-            if item.image is not None:
-                item.load_image(self.limits.images, name=name)
-        return self.worker.job(items[0], items[1:])
+    async def _read(self, request: Request, ends: float) -> bytes:
+        try:
+            async with asyncio.timeout_at(ends):
+                return await read_body(request, self._limits.max_bytes)
+        except TimeoutError:
+            raise Refused(408, f"the request did not arrive within {self._limits.seconds:g} s") from None
 
-    async def _await(self, future: asyncio.Future[Ranking], job: RankingJob, request: Request) -> Ranking:
-        """The ranking, unless time is up or the client has gone: then the model stops working on it."""
-        ends = time.monotonic() + self.limits.seconds
+    def _understand(self, body: bytes) -> tuple[RerankRequest, list[Item]]:
+        asked = request_of(body, self._limits)
+        if asked.model not in self._names:
+            raise Refused(404, f"no model {asked.model[:100]!r} here; there is {', '.join(self._names)}")
+        return asked, items_of(asked, self._limits)
+
+    async def _wait(self, ranking: Future[Ranking], request: Request) -> Ranking:
+        """The ranking, unless the client has gone."""
+        future = asyncio.wrap_future(ranking)
         while not future.done():
-            await asyncio.wait([future], timeout=min(_LOOK_UP, max(0.0, ends - time.monotonic())))
-            if future.done():
-                break
-            if time.monotonic() >= ends:
-                self.worker.drop(job)
-                raise _Refused(504, f"no ranking within {self.limits.seconds:g} s; send fewer documents")
-            if await request.is_disconnected():
-                self.worker.drop(job)
-                raise _Refused(499, "the client has gone")
+            await asyncio.wait([future], timeout=_LOOK_UP)
+            if not future.done() and await request.is_disconnected():
+                raise Refused(499, "the client has gone")
         return future.result()
-
-
-async def _tell_what_is_wrong(request: Request, failure: Exception) -> Response:
-    """Which field is wrong and why, without repeating what was sent: that may be a whole picture."""
-    problems = [
-        f"{'.'.join(str(part) for part in problem['loc'][1:])}: {problem['msg']}" for problem in failure.errors()
-    ]
-    return error(422, "; ".join(problems[:5]))

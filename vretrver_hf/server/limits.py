@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from pathlib import Path
-from typing import Any
 
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..images import ImageLimits
 
@@ -27,60 +26,93 @@ class Limits:
             Most documents of one request.
         max_bytes (`int`, *optional*, defaults to 64 MiB):
             Most bytes of one request.
+        max_characters (`int`, *optional*, defaults to 20,000):
+            Most characters of one text: the query's, or a document's.
         max_pixels (`int`, *optional*, defaults to 16,000,000):
             Most pixels of one picture.
+        max_total_pixels (`int`, *optional*, defaults to 160,000,000):
+            Most pixels of all pictures of one request.
         max_requests (`int`, *optional*, defaults to 128):
-            Most requests at a time, waiting ones included; others are told to come again (429).
+            Most requests at a time, those that are still read included; others are told to come again (429).
+        max_connections (`int`, *optional*, defaults to 512):
+            Most open connections, busy or not; others are closed. [`server_config`] sees to it.
         seconds (`float`, *optional*, defaults to 300):
-            Most time for one request.
+            Most time for one request, from its arrival: reading it counts.
         image_root (`Path`, *optional*):
             Folder below which documents may name picture files; none by default. URLs are never fetched.
     """
 
     max_documents: int = 200
     max_bytes: int = 64 * 2**20
+    max_characters: int = 20_000
     max_pixels: int = 16_000_000
+    max_total_pixels: int = 160_000_000
     max_requests: int = 128
+    max_connections: int = 512
     seconds: float = 300
     image_root: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_documents", "max_bytes", "max_pixels", "max_requests", "seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "image_root" and value <= 0:
+                raise ValueError(f"{field.name} must be positive, got {value}")
+        if self.max_connections <= self.max_requests:
+            raise ValueError(
+                f"max_connections must be more than max_requests ({self.max_requests}), got {self.max_connections}: "
+                "who comes on the others is told that the server is busy"
+            )
 
     @property
     def images(self) -> ImageLimits:
         return ImageLimits(max_bytes=self.max_bytes, max_pixels=self.max_pixels)
 
+    @property
+    def max_parts(self) -> int:
+        """Most parts of a request's JSON: several times what documents have, and fields that are ignored."""
+        return 1000 + 100 * self.max_documents
+
+
+class Refused(Exception):
+    """
+    A request that gets no ranking.
+
+    Args:
+        status (`int`):
+            HTTP status.
+        message (`str`):
+            What the client is told.
+        headers (`dict[str, str]`, *optional*):
+            Further headers.
+    """
+
+    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status = status
+        self.response = error(status, message, headers)
+
 
 class Gate:
     """
-    ASGI middleware that lets nothing in without the key, and answers 413 as soon as a request has more bytes than
-    allowed, whatever its headers say.
+    ASGI middleware that lets nothing in without the key.
 
     Args:
         app (`ASGIApp`):
             What stands behind it.
-        max_bytes (`int`):
-            Most bytes of a request.
         api_key (`str`, *optional*):
             Key that requests must bring, as `Authorization: Bearer …`.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, api_key: str | None = None):
+    def __init__(self, app: ASGIApp, api_key: str | None = None):
         self._app = app
-        self._max_bytes = max_bytes
         self._api_key = api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or self._has_key(scope):
             await self._app(scope, receive, send)
-        elif not self._has_key(scope):
+        else:
             refusal = error(401, "the API key is missing or wrong; send it as Authorization: Bearer …")
             await refusal(scope, receive, send)
-        else:
-            await self._bounded(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
         if self._api_key is None or scope["path"] in OPEN_PATHS:
@@ -88,30 +120,7 @@ class Gate:
         sent = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")[2]
         return secrets.compare_digest(sent, self._api_key.encode())
 
-    async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        messages: list[Message] = []
-        size = 0
-        while True:
-            message = await receive()
-            messages.append(message)
-            size += len(message.get("body", b""))
-            if size > self._max_bytes or _declared(scope) > self._max_bytes:
-                await error(413, f"the request is larger than {self._max_bytes:,} bytes")(scope, receive, send)
-                return
-            if message["type"] != "http.request" or not message.get("more_body", False):
-                break
-
-        async def replay() -> Message:
-            return messages.pop(0) if messages else await receive()
-
-        await self._app(scope, replay, send)
-
 
 def error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """An error as clients of this API expect it."""
-    return JSONResponse({"message": message}, status, headers=headers)
-
-
-def _declared(scope: dict[str, Any]) -> int:
-    value = dict(scope["headers"]).get(b"content-length", b"0")
-    return int(value) if value.isdigit() else 0
+    """An error as clients expect it: Cohere's read `message`, Jina's `detail`."""
+    return JSONResponse({"message": message, "detail": message}, status, headers=headers)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import uuid
+import os
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..images import ItemError, is_data_url, is_url
 from ..items import Item
 from ..ranking import Ranking
-from .limits import Limits
+from .body import parse_json
+from .limits import Limits, Refused
 
 
 class Document(BaseModel):
@@ -43,25 +44,48 @@ class RerankRequest(BaseModel):
     evidence: bool = False
 
 
-def item_of(value: str | Document, name: str, limits: Limits) -> Item:
+def request_of(body: bytes, limits: Limits) -> RerankRequest:
     """
-    The item that a query or document stands for. A string is text, unless it is a data URL of a picture.
+    What a body asks for.
+
+    Raises:
+        `Refused`: saying which field is wrong and why, without repeating what was sent: that may be a whole picture.
+    """
+    values = parse_json(body, limits.max_parts)
+    documents = values.get("documents") if isinstance(values, dict) else None
+    if isinstance(documents, list) and len(documents) > limits.max_documents:
+        raise Refused(400, f"{len(documents)} documents are more than the {limits.max_documents} allowed")
+    try:
+        return RerankRequest.model_validate(values)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False)[:5]
+        told = [f"{'.'.join(map(str, problem['loc'])) or 'body'}: {problem['msg']}" for problem in problems]
+        raise Refused(422, "; ".join(told)) from None
+
+
+def items_of(request: RerankRequest, limits: Limits) -> list[Item]:
+    """
+    The query and its documents, each picture read once, so that a bad one is known before the model runs.
 
     Raises:
         `ItemError`: naming the document and what is wrong with it.
     """
-    if isinstance(value, str):
-        value = Document(image=value) if is_data_url(value) else Document(text=value)
-    try:
-        text, image = _parts(value)
-        if image is not None and not is_data_url(image):
-            image = _file(image, limits)
-        return Item(text=text, image=image)
-    except ItemError as error:
-        raise ItemError(f"{name}: {error}") from None
+    names = ["query", *(f"document {index}" for index in range(len(request.documents)))]
+    values = [request.query, *request.documents]
+    items = [_item(value, name, limits) for name, value in zip(names, values, strict=True)]
+    pixels = 0
+    for name, item in zip(names, items, strict=True):
+        if item.image is not None:
+            pixels += _pixels(item, name, limits)
+        if pixels > limits.max_total_pixels:
+            raise ItemError(
+                f"{name}: with its picture there are {pixels:,} pixels, more than the {limits.max_total_pixels:,} "
+                "that all pictures may have together; make them smaller"
+            )
+    return items
 
 
-def response_of(request: RerankRequest, ranking: Ranking) -> dict[str, Any]:
+def response_of(request: RerankRequest, ranking: Ranking, request_id: str) -> dict[str, Any]:
     """
     The ranking, best first. `relevance_score` is 1 − place/n: a listwise ranking has an order and no other score.
     """
@@ -74,7 +98,7 @@ def response_of(request: RerankRequest, ranking: Ranking) -> dict[str, Any]:
             result["document"] = {"text": document} if isinstance(document, str) else document.model_dump()
         results.append(result)
     response = {
-        "id": f"rerank-{uuid.uuid4().hex}",
+        "id": request_id,
         "model": request.model,
         "results": results,
         "status": ranking.status,
@@ -115,6 +139,32 @@ def evidence_of(ranking: Ranking) -> list[dict[str, Any]]:
             }
         )
     return windows
+
+
+def _item(value: str | Document, name: str, limits: Limits) -> Item:
+    """The item that a query or document stands for. A string is text, unless it is a data URL of a picture."""
+    if isinstance(value, str):
+        value = Document(image=value) if is_data_url(value) else Document(text=value)
+    try:
+        text, image = _parts(value)
+        if text is not None and len(text) > limits.max_characters:
+            raise ItemError(f"its text has {len(text):,} characters, more than the {limits.max_characters:,} allowed")
+        if image is not None and not is_data_url(image):
+            image = _file(image, limits)
+        return Item(text=text, image=image)
+    except ItemError as error:
+        raise ItemError(f"{name}: {error}") from None
+
+
+def _pixels(item: Item, name: str, limits: Limits) -> int:
+    """Reads a picture. Returns how many pixels it has."""
+    try:
+        image = item.load_image(limits.images, name=name)
+    except ItemError as error:
+        # Where the operator's files lie is none of a client's business.
+        root = "" if limits.image_root is None else repr(os.path.join(limits.image_root.resolve(), ""))[1:-1]
+        raise ItemError(str(error).replace(root, "") if root else str(error)) from None
+    return image.width * image.height
 
 
 def _parts(document: Document) -> tuple[str | None, str | None]:

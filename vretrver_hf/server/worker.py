@@ -40,6 +40,7 @@ class Worker:
     def __init__(self, reranker: Reranker, max_requests: int):
         self._reranker = reranker
         self._max_requests = max_requests
+        self._tickets: set[str] = set()
         self._waiting: collections.deque[RankingJob] = collections.deque()
         self._futures: dict[str, Future[Ranking]] = {}
         self._unwanted: set[str] = set()
@@ -55,51 +56,53 @@ class Worker:
 
     @property
     def num_requests(self) -> int:
-        """Rankings that wait or are under way."""
-        return len(self._futures)
+        """Requests that are here: read, waiting or under way."""
+        return len(self._tickets)
 
     @property
     def is_ready(self) -> bool:
         return self._thread.is_alive() and not self._closing
 
-    def check(self) -> None:
+    def enter(self) -> str:
         """
+        Takes a place for one ranking, before anything is spent on it. Who enters must [`Worker.leave`].
+
+        Returns:
+            `str`: the ticket, which names the ranking.
+
         Raises:
             `Busy`: if there is no room for another ranking.
             `Closing`: if none is taken any more.
         """
-        if self._closing:
-            raise Closing("the server is shutting down")
-        if len(self._futures) >= self._max_requests:
-            raise Busy(f"{len(self._futures)} requests are here already; try again in a moment")
-
-    def job(self, query: Item, candidates: list[Item]) -> RankingJob:
-        """A query to be submitted."""
-        reranker = self._reranker
-        return RankingJob(
-            str(next(self._numbers)), query, candidates, reranker.window, reranker.stride, passes=reranker.passes
-        )
-
-    def submit(self, job: RankingJob) -> Future[Ranking]:
-        """
-        Queues a ranking.
-
-        Raises:
-            `Busy`, `Closing`: see [`Worker.check`].
-        """
         with self._changed:
-            self.check()
-            future: Future[Ranking] = Future()
-            self._futures[job.query_id] = future
+            if not self.is_ready:
+                raise Closing("the server is shutting down")
+            if len(self._tickets) >= self._max_requests:
+                raise Busy(f"{len(self._tickets)} requests are here already; try again in a moment")
+            ticket = str(next(self._numbers))
+            self._tickets.add(ticket)
+        return ticket
+
+    def leave(self, ticket: str) -> None:
+        """Gives the place back. A ranking that is not done is stopped, and keeps its place until it is."""
+        with self._changed:
+            if ticket in self._futures:
+                self._unwanted.add(ticket)
+            else:
+                self._tickets.discard(ticket)
+            self._changed.notify()
+
+    def submit(self, ticket: str, query: Item, candidates: list[Item]) -> Future[Ranking]:
+        """Queues a ranking."""
+        reranker = self._reranker
+        job = RankingJob(ticket, query, candidates, reranker.window, reranker.stride, passes=reranker.passes)
+        future: Future[Ranking] = Future()
+        future.set_running_or_notify_cancel()  # from now on nobody but this thread ends it
+        with self._changed:
+            self._futures[ticket] = future
             self._waiting.append(job)
             self._changed.notify()
         return future
-
-    def drop(self, job: RankingJob) -> None:
-        """Stops a ranking that nobody waits for any more."""
-        with self._changed:
-            self._unwanted.add(job.query_id)
-            self._changed.notify()
 
     def close(self) -> None:
         """Finishes what was taken, then ends the thread."""
@@ -122,25 +125,25 @@ class Worker:
                 loop.cancel()
                 with self._changed:
                     lost = set(self._futures) - {job.query_id for job in self._waiting}
-                for query_id in lost:
-                    self._finish(query_id, error)
+                for ticket in lost:
+                    self._finish(ticket, error)
 
     def _wait_for_work(self, loop: RankingLoop) -> bool:
         """Sleeps while there is nothing to do. Returns whether there is, or may come."""
         with self._changed:
             while not (self._waiting or loop.num_active or self._unwanted):
-                if self._closing:
+                if self._closing and not self._tickets:
                     return False
                 self._changed.wait()
         return True
 
     def _admit(self, loop: RankingLoop) -> None:
         with self._changed:
-            unwanted, self._unwanted = self._unwanted, set()
+            unwanted, self._unwanted = self._unwanted & set(self._futures), set()
             self._waiting = collections.deque(job for job in self._waiting if job.query_id not in unwanted)
-        for query_id in unwanted & set(self._futures):
-            loop.cancel(query_id)
-            self._futures.pop(query_id).cancel()
+        for ticket in unwanted:
+            loop.cancel(ticket)
+            self._forget(ticket)
         while self._waiting and loop.has_room:
             with self._changed:
                 job = self._waiting.popleft()
@@ -148,11 +151,16 @@ class Worker:
             if ranking is not None:
                 self._finish(job.query_id, ranking)
 
-    def _finish(self, query_id: str, outcome: Ranking | Exception) -> None:
-        future = self._futures.pop(query_id)
+    def _finish(self, ticket: str, outcome: Ranking | Exception) -> None:
+        future = self._forget(ticket)
         if isinstance(outcome, Exception):
             future.set_exception(EngineError(f"the engine failed: {outcome}"))
         elif outcome.error is not None:
             future.set_exception(EngineError(outcome.error))
         else:
             future.set_result(outcome)
+
+    def _forget(self, ticket: str) -> Future[Ranking]:
+        with self._changed:
+            self._tickets.discard(ticket)
+            return self._futures.pop(ticket)
