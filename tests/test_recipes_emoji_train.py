@@ -30,9 +30,11 @@ from locating import close_up, locations
 from model import (
     change_looks,
     embed,
+    embed_parts,
     encode_group,
     encode_pictures,
     fused_norms,
+    losses_of,
     make_model,
     num_parameters,
     patches_of,
@@ -41,7 +43,7 @@ from model import (
     tiny_config,
 )
 from preset import MAX_TURN_TOKENS, PRESET
-from rows import NUM_LOOKS, Picture, PictureGroup, RowMaker, by_length, collate, token_positions
+from rows import NUM_LOOKS, Picture, PictureGroup, RowMaker, by_length, collate, share_pictures, token_positions
 from searching import aim_box, in_view
 from stages import COLD_START, SFT_TASKS, Feed, Source
 from tokenizer import SPECIAL_TOKENS, VISIBLE_TOKENS, make_tokenizer, merges_of
@@ -67,17 +69,11 @@ def _trajectories(source: Source, count: int, seed: int = 0):
 
 def _pixels(table: torch.Tensor, picture: Picture) -> Image.Image:
     group = _group(picture)
-    return Image.fromarray(render_group(_tensors(group), table)[0].permute(1, 2, 0).to(torch.uint8).numpy())
+    return Image.fromarray(render_group(group.to("cpu"), table)[0].permute(1, 2, 0).to(torch.uint8).numpy())
 
 
 def _group(picture: Picture) -> PictureGroup:
     return PictureGroup.of([picture], [np.zeros(picture.num_tokens, np.int64)])
-
-
-def _tensors(group: PictureGroup) -> PictureGroup:
-    arrays = {name: torch.from_numpy(value) for name, value in vars(group).items() if isinstance(value, np.ndarray)}
-    tensors = {name: value if value.is_floating_point() else value.long() for name, value in arrays.items()}
-    return dataclasses.replace(group, **tensors)
 
 
 def _plain_inputs(processor, table, row) -> dict[str, torch.Tensor]:
@@ -288,7 +284,7 @@ def test_disguised_pictures_reach_the_model_in_disguise(source, table):
     assert groups[0].looks is None
     identity = torch.nn.Identity()
     with mock.patch("model.encode_pictures", lambda _, patches, size: patches):
-        seen = [encode_group(identity, _tensors(group), table) for group in groups]
+        seen = [encode_group(identity, group.to("cpu"), table) for group in groups]
     assert len({tuple(patches.flatten().tolist()) for patches in seen}) == NUM_LOOKS
 
 
@@ -488,7 +484,7 @@ def test_the_batched_tower_equals_the_plain_one(model, processor, table, size):
     images = [_pixels(table, picture) for picture in pictures]
     plain = processor.image_processor(images, return_tensors="pt")
     group = PictureGroup.of(pictures, [np.zeros(pictures[0].num_tokens, np.int64)] * 3)
-    patches = patches_of(render_group(_tensors(group), table))
+    patches = patches_of(render_group(group.to("cpu"), table))
     with torch.no_grad():
         expected = torch.stack(model.model.get_image_features(**plain).pooler_output)
         found = encode_pictures(model.model.visual, patches, size)
@@ -524,6 +520,37 @@ def test_padding_changes_nothing(source, model, table):
         torch.testing.assert_close(
             target_losses(model, short, table)[0], target_losses(model, long, table)[0], rtol=0, atol=1e-4
         )
+
+
+def test_parts_that_share_the_tower_have_the_same_gradients(source, model, table):
+    rng = random.Random(5)
+    rows = [source.caption_row(rng), source.locate_row(rng)]
+    rows += [
+        source.choice_row(disguise(source.cases.plain(example), 3), rng)
+        for example in source._makers["i2i"].make(2, 1)
+    ]
+    parts = [collate(rows[:1], source.rows.image_pad), collate(rows[1:], source.rows.image_pad)]
+
+    def gradients(losses) -> list[torch.Tensor]:
+        model.zero_grad()
+        for loss in losses:
+            loss.backward()
+        return [weight.grad.clone() for weight in model.parameters()]
+
+    apart = gradients(
+        (target_losses(model, part.to("cpu"), table)[0] * part.to("cpu").weights).sum() for part in parts
+    )
+    bare, groups = share_pictures(parts)
+    assert len(groups) == len({group.size for part in parts for group in part.groups})
+    bare, groups = [part.to("cpu") for part in bare], [group.to("cpu") for group in groups]
+    pieces = embed_parts(model, bare, groups, table).split([part.ids.numel() for part in bare])
+    pieces = [piece.view(*part.ids.shape, -1) for piece, part in zip(pieces, bare, strict=True)]
+    together = gradients(
+        [sum((losses_of(model, e, p)[0] * p.weights).sum() for e, p in zip(pieces, bare, strict=True))]
+    )
+    for one, other in zip(apart, together, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    model.zero_grad()
 
 
 def test_gradients_reach_the_tower_through_its_pictures(source, model, table):

@@ -8,7 +8,7 @@ instead of one by one, and the vocabulary is only scored at the positions that c
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,8 +50,11 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase, **text_overrides: Any) -> Qw
         "num_key_value_heads": 5,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-6,
-        # Half a head's 64 dimensions rotate with time, height and width; contexts are short, hence the small base.
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
+        # Contexts are short, hence the small base. Of a head's 32 frequencies the highest go to time, then height,
+        # then width: with shares like those of large models, width would turn by 0.003 from one image token to the
+        # next, and with three tokens in a row nothing of that can be read. Where in a picture a thing is was not
+        # learned at all then.
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 27]},
         "bos_token_id": None,
         "eos_token_id": token("<|im_end|>"),
         "pad_token_id": token("<|endoftext|>"),
@@ -208,12 +211,33 @@ def embed(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, table: Tensor
         augment (`bool`, *optional*, defaults to `False`):
             Varies each picture's exposure a little.
     """
-    embeds = model.get_input_embeddings()(batch.ids)
-    flat = embeds.view(-1, embeds.shape[-1])
-    for group in batch.groups:
+    return embed_parts(model, [batch], batch.groups, table, augment).view(*batch.ids.shape, -1)
+
+
+def embed_parts(
+    model: Qwen2_5_VLForConditionalGeneration,
+    parts: Sequence[Batch],
+    groups: Sequence[PictureGroup],
+    table: Tensor,
+    augment: bool = False,
+) -> Tensor:
+    """
+    Token embeddings of all parts of a batch one after another, with the pictures that they share in place.
+
+    Args:
+        model (`Qwen2_5_VLForConditionalGeneration`), table (`Tensor`), augment (`bool`):
+            As in [`embed`].
+        parts (sequence of `Batch`), groups (sequence of `PictureGroup`):
+            From [`share_pictures`], on the model's device.
+
+    Returns:
+        `Tensor`: (tokens of all parts, hidden size).
+    """
+    flat = model.get_input_embeddings()(torch.cat([part.ids.flatten() for part in parts]))
+    for group in groups:
         features = encode_group(model.model.visual, group, table, augment)
         flat = flat.index_put((group.places.flatten(),), features.flatten(0, 1).to(flat.dtype))
-    return flat.view_as(embeds)
+    return flat
 
 
 def encode_group(visual: nn.Module, group: PictureGroup, table: Tensor, augment: bool = False) -> Tensor:
@@ -255,7 +279,12 @@ def target_losses(
     Returns:
         `tuple[Tensor, Tensor]`: the losses, and the logits that they were taken from; one row a target.
     """
-    hidden = hidden_states(model, embed(model, batch, table, augment), batch.positions)
+    return losses_of(model, embed(model, batch, table, augment), batch)
+
+
+def losses_of(model: Qwen2_5_VLForConditionalGeneration, embeds: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The same of rows whose token embeddings (rows, length, hidden size) are given."""
+    hidden = hidden_states(model, embeds, batch.positions)
     flat_hidden, flat_ids = hidden.flatten(0, 1), batch.ids.flatten()
     logits = model.lm_head(flat_hidden[batch.targets - 1])
     return functional.cross_entropy(logits.float(), flat_ids[batch.targets], reduction="none"), logits

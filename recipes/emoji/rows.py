@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -120,6 +121,36 @@ class PictureGroup:
         looks = np.array([picture.look for picture in pictures], np.int32)
         return cls(size, 4 * math.ceil(widest), *layers, np.stack(places), looks if looks.any() else None)
 
+    @classmethod
+    def join(cls, groups: Sequence[PictureGroup], offsets: Sequence[int]) -> PictureGroup:
+        """Groups of one size as one, the tokens of each so much further on."""
+        counts = [len(group.places) for group in groups]
+        looks = [np.zeros(n, np.int32) if g.looks is None else g.looks for g, n in zip(groups, counts, strict=True)]
+
+        def shifted(name: str, steps: Sequence[int]) -> np.ndarray:
+            return np.concatenate([getattr(group, name) + step for group, step in zip(groups, steps, strict=True)])
+
+        def starts(sizes: Sequence[int]) -> list[int]:
+            return [0, *itertools.accumulate(sizes)][: len(groups)]
+
+        return cls(
+            groups[0].size,
+            max(group.reach for group in groups),
+            shifted("picture_of", starts(counts)),
+            np.concatenate([group.rows for group in groups]),
+            np.concatenate([group.columns for group in groups]),
+            shifted("column_of", starts([len(group.columns) for group in groups])),
+            np.concatenate([group.lines for group in groups]),
+            shifted("line_of", starts([len(group.lines) for group in groups])),
+            shifted("places", offsets),
+            np.concatenate(looks) if any(group.looks is not None for group in groups) else None,
+        )
+
+    def to(self, device: Any) -> PictureGroup:
+        """The same group as tensors on a device."""
+        arrays = {name: _move(value, device) for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return dataclasses.replace(self, **arrays)
+
 
 @dataclasses.dataclass
 class Batch:
@@ -150,19 +181,36 @@ class Batch:
 
     def to(self, device: Any) -> Batch:
         """The same batch as tensors on a device."""
-        import torch
+        arrays = (_move(array, device) for array in (self.ids, self.positions, self.targets, self.weights))
+        return Batch(*arrays, [group.to(device) for group in self.groups], _move(self.marks, device))
 
-        def move(array: np.ndarray) -> torch.Tensor:
-            tensor = torch.from_numpy(np.ascontiguousarray(array))
-            tensor = tensor.to(device, non_blocking=True)
-            return tensor if tensor.is_floating_point() else tensor.long()
 
-        def move_group(group: PictureGroup) -> PictureGroup:
-            arrays = {name: move(value) for name, value in vars(group).items() if isinstance(value, np.ndarray)}
-            return dataclasses.replace(group, **arrays)
+def share_pictures(parts: Sequence[Batch]) -> tuple[list[Batch], list[PictureGroup]]:
+    """
+    Takes the pictures out of the parts of a batch: those of one size go through the tower together.
 
-        arrays = (self.ids, self.positions, self.targets, self.weights)
-        return Batch(*map(move, arrays), [move_group(group) for group in self.groups], move(self.marks))
+    Args:
+        parts (sequence of `Batch`):
+            The parts, as arrays.
+
+    Returns:
+        `tuple[list[Batch], list[PictureGroup]]`: the parts without pictures, and the pictures of all, whose tokens'
+        places are counted through the parts one after another.
+    """
+    starts = [0, *itertools.accumulate(part.ids.size for part in parts)]
+    found: dict[tuple[int, int], list[tuple[PictureGroup, int]]] = {}
+    for part, start in zip(parts, starts, strict=False):
+        for group in part.groups:
+            found.setdefault(group.size, []).append((group, start))
+    groups = [PictureGroup.join(*zip(*members, strict=True)) for members in found.values()]
+    return [dataclasses.replace(part, groups=[]) for part in parts], groups
+
+
+def _move(array: np.ndarray, device: Any) -> Any:
+    import torch
+
+    tensor = torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+    return tensor if tensor.is_floating_point() else tensor.long()
 
 
 class RowMaker:

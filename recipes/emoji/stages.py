@@ -28,15 +28,15 @@ from vretrver_hf.protocol import format_answer
 
 
 STAGE0_TASKS = {
-    "t2i": 0.13,
-    "i2i": 0.19,
-    "i2t": 0.05,
+    "t2i": 0.1,
+    "i2i": 0.2,
+    "i2t": 0.04,
     "it2i": 0.2,
     "it2it": 0.05,
-    "it2t": 0.07,
+    "it2t": 0.08,
     "t2it": 0.04,
     "t2t": 0.04,
-    "overview": 0.16,
+    "overview": 0.18,
     "detail": 0.07,
 }
 SFT_TASKS = {
@@ -56,7 +56,7 @@ COLD_START = 5000
 """Trajectories of the oracle's from which the protocol is learned."""
 REHEARSAL = 0.5
 """Share of SFT's rows that are stage 0's, so that little is forgotten."""
-CAPTION_ROWS, LOCATE_ROWS, MATCH_ROWS = 0.14, 0.14, 0.22
+CAPTION_ROWS, LOCATE_ROWS, MATCH_ROWS = 0.1, 0.18, 0.22
 """Shares of stage 0's rows that are captions of single pictures, places and names in scenes, and verdicts on one
 candidate after another; the others are choices among candidates. A choice teaches too little at first: one number for
 a whole row of pictures."""
@@ -86,8 +86,9 @@ DISGUISED = 0.5
 as new things, of which the sets have too few to learn what likeness is."""
 STAGE0_CHOICE_WEIGHT, SFT_CHOICE_WEIGHT = 8.0, 4.0
 """Weight of the tokens that decide, among many that do not."""
-MAX_PART_TOKENS = 32_000
-"""Most tokens that go through the model at once; a batch of more goes in parts."""
+MAX_PART_TOKENS = 64_000
+"""Most tokens that go through the language model at once; a batch of more goes in parts. Few and large ones: a host
+takes as long to start a part's kernels as an accelerator takes to compute a good deal of it."""
 
 
 @dataclasses.dataclass

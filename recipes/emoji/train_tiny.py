@@ -29,11 +29,11 @@ from art import TEST_ARTIST
 from choices import choice_share
 from evaluate import SETS
 from intervals import wilson
-from model import fused_norms, make_model, num_parameters, target_losses, tiny_config
+from model import embed_parts, fused_norms, losses_of, make_model, num_parameters, tiny_config
 from muon import Muon
 from preset import MAX_TURN_TOKENS, PRESET, STRIDE, WINDOW
-from rows import Batch
-from stages import MATCH_WEIGHT, Feed, Source
+from rows import Batch, share_pictures
+from stages import FIRST_ROWS, MATCH_WEIGHT, Feed, Source
 from team import Team
 from torch import Tensor
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
@@ -43,6 +43,8 @@ from vretrver_hf.reranker import save_config
 
 
 SHARD = "14MB"
+STAGE0_ROWS = 1024
+"""Rows of a step of stage 0."""
 CHOICES_MINUTES = 0.25
 """Time that is kept free for the look at direct answers."""
 PRINT_SECONDS, CHECKPOINT_SECONDS = 5.0, 60.0
@@ -194,19 +196,30 @@ class Trainer:
 
     def _step(self, parts: list[Batch], meter: _Meter) -> None:
         total = float(sum(part.weights.sum() for part in parts))
-        for part in parts:
-            batch = part.to(self.device)
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-                losses, logits = target_losses(self.model, batch, self.table, augment=self.plan.stage == "stage0")
+        parts, groups = share_pictures(parts)
+        parts, groups = [part.to(self.device) for part in parts], [group.to(self.device) for group in groups]
+        augment = self.plan.stage == "stage0"
+        with self._autocast():
+            embeds = embed_parts(self.model, parts, groups, self.table, augment)
+        # Cut off here, so that one part's activations at a time are in memory; what is left out goes back at the end.
+        inputs = embeds.detach().requires_grad_()
+        pieces = inputs.split([part.ids.numel() for part in parts])
+        for batch, piece in zip(parts, pieces, strict=True):
+            with self._autocast():
+                losses, logits = losses_of(self.model, piece.view(*batch.ids.shape, -1), batch)
             loss = (losses * batch.weights).sum() / total
             loss.backward()
             meter.add(batch, losses.detach(), logits.detach(), loss.detach())
+        embeds.backward(inputs.grad)
         self.team.average_gradients(self.weights)
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         meter.steps += 1
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda")
 
 
 class _Meter:
@@ -339,14 +352,15 @@ class Run:
         loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         self.model.load_state_dict(loaded.state_dict())
 
-    def train(self, plan: Plan, batch_size: int, name: str) -> None:
-        """Trains a stage and saves the model under `name`."""
+    def train(self, plan: Plan, batch_size: int, name: str, first: int = 0) -> None:
+        """Trains a stage, from batch number `first` on, and saves the model under `name`."""
         checkpoint = self.out / f"checkpoint-{plan.stage}.pt"
         trainer = Trainer(self.model, self.table, plan, checkpoint, self._pause_at, self.team)
         if self.resume and trainer.resume() and self.team.leads:
             print(f"{plan.stage}: going on after step {trainer.step}, {trainer.spent / 60:.1f} minutes")
         try:
-            trainer.train(self.feed.batches(plan.stage, batch_size, trainer.step, self.team.rank, self.team.size))
+            start = first + trainer.step
+            trainer.train(self.feed.batches(plan.stage, batch_size, start, self.team.rank, self.team.size))
         except Paused as pause:
             self.close()
             if self.team.leads:
@@ -404,12 +418,23 @@ Size = Annotated[int, typer.Option(help="Rows of a step.")]
 
 
 @app.command()
-def stage0(context: typer.Context, batch_size: Size = 512, lr: Rate = 1e-3) -> None:
-    """Trains everything from scratch on captions and choices; writes OUT/stage0."""
+def stage0(
+    context: typer.Context,
+    base: Annotated[
+        Path | None, typer.Option(help="Model to go on from instead of from scratch; give another --seed then.")
+    ] = None,
+    batch_size: Size = STAGE0_ROWS,
+    lr: Rate = 1e-3,
+) -> None:
+    """Trains everything on captions and choices, from scratch by default; writes OUT/stage0."""
     with fused_norms():
         run = context.obj()
+        first = 0
+        if base is not None:
+            run.load(base)
+            first = math.ceil(FIRST_ROWS / batch_size)  # it has learned what the easy batches teach
         minutes = run.minutes_left(CHOICES_MINUTES)
-        run.train(Plan("stage0", minutes, lr, max_steps=run.max_steps), batch_size, "stage0")
+        run.train(Plan("stage0", minutes, lr, max_steps=run.max_steps), batch_size, "stage0", first)
         run.test_choices()
         run.close()
 
@@ -433,7 +458,7 @@ def sft(
 def both(
     context: typer.Context,
     share: Annotated[float, typer.Option(help="Share of the training time that stage 0 gets.")] = 0.95,
-    stage0_batch_size: Size = 512,
+    stage0_batch_size: Size = STAGE0_ROWS,
     stage0_lr: Rate = 1e-3,
     sft_batch_size: Size = 256,
     sft_lr: Rate = 5e-4,
