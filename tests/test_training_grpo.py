@@ -29,6 +29,7 @@ from scripted_trainers import (
 )
 from tiny_models import make_model, make_processor
 from transformers import TrainerCallback
+from trl.distributed import DistributedBackend
 
 from vretrver_hf import Item, Reranker
 from vretrver_hf.agent import play
@@ -580,6 +581,13 @@ class TestSettings:
     def test_what_would_be_ignored_is_refused(self, picture, tmp_path, arguments, reason):
         with pytest.raises(ValueError, match=reason):
             make_trainer("qwen2_5_vl", [make_example(picture)], tmp_path, **arguments)
+
+    @pytest.mark.parametrize(("version", "fits"), [(1, False), (2, True)])
+    def test_only_the_second_version_of_fsdp_gives_whole_weights(self, picture, tmp_path, monkeypatch, version, fits):
+        monkeypatch.setattr(DistributedBackend, "__init__", lambda self, accelerator: vars(self).update(told))
+        told = {"zero_stage": 0, "fsdp_version": version}
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="set fsdp_version to 2"):
+            make_trainer("qwen2_5_vl", [make_example(picture)], tmp_path)
 
     def test_no_rollouts_without_tools_in_vllm(self, picture, tmp_path):
         with pytest.raises(ValueError, match="set no_tool_share to 0"):

@@ -21,7 +21,6 @@ from accelerate.utils import is_peft_model
 from torch.utils.data import Sampler
 from transformers import AutoConfig, AutoProcessor
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
-from trl.models import unwrap_model_for_generation
 
 from ..data.examples import load_examples
 from ..encoding import collapse_pads
@@ -48,6 +47,7 @@ from ._common import (
 )
 from ._features import FeatureCache
 from ._rollouts import RecordedEnvironment, Rollout, play_rollouts, with_unseen_picture
+from ._sharding import whole_weights
 from .health import HealthCallback
 
 
@@ -256,10 +256,10 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
             ),
             **kwargs,
         )
-        if self._dist.is_fsdp and not args.use_vllm:
+        if self._dist.fsdp_version == 1 and not args.use_vllm:
             raise ValueError(
-                "the project's own rollouts need whole weights, which FSDP does not give them: set use_vllm, or train "
-                "with DDP or DeepSpeed"
+                "the project's own rollouts need whole weights, and FSDP's first version gives them only within its "
+                "own forward pass: set fsdp_version to 2 in the launch configuration, or use_vllm"
             )
         quick_positions(_base_model(self.model))
         tower = _base_model(self.model).model.visual
@@ -338,7 +338,7 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
             rollouts = play_rollouts(engine, tasks, sampling, self.max_completion_length)
         for environment, rollout in zip(self.environments, rollouts, strict=True):
             environment.trajectory = rollout.trajectory
-        if self._tower_is_trained and self._dist.is_zero3:
+        if self._tower_is_trained and (self._dist.is_zero3 or self._dist.is_fsdp):
             rollouts = [
                 rollout if rollout.images else with_unseen_picture(rollout, self.encoder) for rollout in rollouts
             ]
@@ -348,11 +348,7 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
     def _policy(self) -> Iterator[PreTrainedModel]:
         """The bare model as it stands, for reading only and in the precision of the loss."""
         with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
+            whole_weights(self.model_wrapped, self.accelerator, self.args.gradient_checkpointing_kwargs) as model,
             torch.no_grad(),
             self.accelerator.autocast(),
         ):
