@@ -295,6 +295,31 @@ class TestTraining:
         assert "pixel_values" not in trainer.batches[0]
         assert difference(trainer, on_first_inputs(trainer)) < 1e-4
 
+    def test_attention_does_without_cudnn_in_rollouts_and_both_passes_of_the_loss(
+        self, picture, tmp_path, monkeypatch
+    ):
+        state, seen = {"off": 0}, []
+
+        @contextlib.contextmanager
+        def without(model):
+            assert model is trainer.model
+            state["off"] += 1
+            yield
+            state["off"] -= 1
+
+        monkeypatch.setattr(grpo, "without_cudnn_attention", without)
+        arguments = {"max_steps": 1, "gradient_checkpointing": True, "per_device_eval_batch_size": 4}
+        trainer = make_trainer("qwen2_5_vl", [make_example(picture)], tmp_path, **arguments)
+        block = trainer.model.model.language_model.layers[0]
+        block.self_attn.register_forward_hook(
+            lambda *args: seen.append((torch.is_grad_enabled(), trainer.model.training, state["off"]))
+        )
+        trainer.train()
+        trainer.evaluate(trainer.train_dataset)
+        # Rollouts, the loss and the recomputation in its backward pass; the evaluation.
+        assert {kind[:2] for kind in seen} >= {(False, False), (True, True)}
+        assert all(off == 1 for *_, off in seen)
+
     def test_evaluates(self, picture, tmp_path):
         processor = make_processor("qwen2_5_vl")
         model = make_model("qwen2_5_vl", processor)

@@ -25,6 +25,7 @@ from transformers import (
 from .. import chat_templates, hub
 from ..encoding import Encoded, Encoder
 from ..vision import PictureFeatures, picture_grid, rope_index
+from ._attention import without_cudnn_attention
 from ._slot_cache import SlotCache
 from .base import Engine, Sampling, Session, TurnResult
 
@@ -198,7 +199,8 @@ class TransformersEngine(Engine):
     def _running(self) -> Iterator[None]:
         """What the model runs in; where memory runs out, the error also says what to lower."""
         try:
-            yield
+            with without_cudnn_attention(self.model):
+                yield
         except torch.OutOfMemoryError as error:
             error.add_note(
                 f"lower max_sessions ({self.max_sessions} now; keys and values of as many conversations) or "

@@ -24,6 +24,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 from ..data.examples import load_examples
 from ..encoding import collapse_pads
+from ..engines._attention import without_cudnn_attention
 from ..engines.base import Sampling
 from ..engines.transformers import TransformersEngine
 from ..environment import RerankEnvironment, prepare_processor, training_dataset
@@ -148,7 +149,7 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
     """
     TRL's GRPO trainer for reranking with pictures and tools.
 
-    Five methods of TRL 1.16 are overridden, and nothing else but how a checkpoint is loaded ([`ExactResume`]):
+    Seven methods of TRL 1.16 are overridden, and nothing else but how a checkpoint is loaded ([`ExactResume`]):
 
     - `_generate`, to run the project's own agent loop. TRL's processes all pictures and prefills the whole
       conversation again in every turn, runs tools one by one, ends a rollout without a word at a malformed turn, gives
@@ -166,6 +167,8 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
 
     - `_generate_and_score_completions`, so that equal pictures are processed once ([`equal_pictures_once`]). And the
       model finds rotary positions of a whole batch at once ([`quick_positions`]).
+    - `training_step` and `prediction_step`, so that attention does without cuDNN ([`without_cudnn_attention`]), also
+      where gradient checkpointing runs it once more.
 
     Where the vision tower and its projector are frozen, each picture passes them once a step ([`FeatureCache`]).
 
@@ -275,6 +278,16 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
             self.vllm_generation.llm = SizedLLM(self.vllm_generation.llm, processing_class.image_processor.size)
         cached = not args.use_vllm and not self._tower_is_trained
         self.features = FeatureCache(tower) if cached else None
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers calls this for forward and backward pass; see the class."""
+        with without_cudnn_attention(_base_model(self.model)):
+            return super().training_step(model, *args, **kwargs)
+
+    def prediction_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers calls this for each batch of an evaluation; see the class."""
+        with without_cudnn_attention(_base_model(self.model)):
+            return super().prediction_step(model, *args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         """TRL 1.16 calls this for a batch, whose groups show the same pictures; see the class."""
