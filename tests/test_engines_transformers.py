@@ -7,10 +7,10 @@ import pytest
 import torch
 from scripted import ForcedEngine
 
-from vretrver_hf import Item
-from vretrver_hf.agent import AgentTask, play
+from vretrver_hf import Item, Reranker
+from vretrver_hf.agent import AgentLoop, AgentTask, play
 from vretrver_hf.encoding import Encoded
-from vretrver_hf.engines import Sampling
+from vretrver_hf.engines import Sampling, _slot_cache
 from vretrver_hf.engines.transformers import TransformersEngine, _draw
 from vretrver_hf.protocol import build_messages, format_answer, format_call, format_turn, get_preset
 
@@ -205,6 +205,77 @@ def test_a_failing_prefill_tells_its_cause_and_frees_its_rows(model, processor, 
             play(engine, tasks)
     assert not engine._rows and not engine._waiting
     assert [trajectory.status for trajectory in play(engine, tasks)] == ["ok"] * 3
+
+
+@pytest.mark.parametrize("succeed", range(4))  # of keys and values, in two layers
+def test_full_memory_while_the_cache_grows_tells_what_to_lower(model, processor, picture, monkeypatch, succeed):
+    """A second conversation comes while the first one writes: the cache may grow in some layers, and half in one."""
+    script = lambda query_id, turn: format_answer([0, 1, 2])  # noqa: E731
+    engine = ForcedEngine(model, processor, script, max_sessions=2, prefill_tokens=600)
+    tasks = [make_task(picture, str(i)) for i in range(2)]
+    (expected,) = play(ForcedEngine(model, processor, script), tasks[:1])
+    enlarged, calls = _slot_cache._enlarged, []
+
+    def full(old, rows, columns):
+        calls.append(rows)
+        if calls.count(2) > succeed:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return enlarged(old, rows, columns)
+
+    loop = AgentLoop(engine)
+    with monkeypatch.context() as patch:
+        patch.setattr(_slot_cache, "_enlarged", full)
+        with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory") as caught:
+            list(loop.run(tasks))
+    assert caught.value.__notes__ == [
+        "lower max_sessions (2 now; keys and values of as many conversations) or prefill_tokens (600 now; tokens "
+        "read at a time)"
+    ]
+    assert caught.value.__context__ is None  # nothing hides it
+    assert not engine._rows and not engine._waiting
+    assert play(engine, tasks)[0].token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("fail_at", [0, 5])
+def test_an_error_within_a_forward_pass_is_what_the_caller_sees(
+    model, processor, picture, monkeypatch, layer, fail_at
+):
+    """In a prefill and in decode steps, in the first layer and behind it; what comes next is played as ever."""
+    script = lambda query_id, turn: format_answer([0, 1, 2])  # noqa: E731
+    tasks = [make_task(picture, str(i)) for i in range(3)]
+    expected = play(ForcedEngine(model, processor, script), tasks)
+    reranker = Reranker(ForcedEngine(model, processor, script, max_sessions=3, prefill_tokens=600), preset=PRESET)
+    block = model.model.language_model.layers[layer]
+    forward, count = block.forward, iter(range(10**6))
+
+    def failing(*args, **kwargs):
+        if next(count) >= fail_at:
+            raise RuntimeError("the kernel failed")
+        return forward(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(block, "forward", failing)
+        with pytest.raises(RuntimeError, match="^the kernel failed$") as caught:
+            reranker.rank_batch([(task.query, task.candidates) for task in tasks])
+    assert caught.value.__context__ is None and not hasattr(caught.value, "__notes__")
+    again = play(reranker.engine, tasks)
+    assert [trajectory.token_ids for trajectory in again] == [trajectory.token_ids for trajectory in expected]
+
+
+def test_a_device_that_failed_does_not_hide_its_first_error(model, processor, picture, monkeypatch):
+    """After a failed assertion on a GPU everything fails, also the moving of rows."""
+    engine = ForcedEngine(model, processor, lambda query_id, turn: format_answer([0, 1, 2]))
+
+    def broken(*args, **kwargs):
+        raise torch.AcceleratorError("device-side assert triggered")
+
+    for method in ("move", "clear"):
+        monkeypatch.setattr(engine._cache, method, broken)
+    monkeypatch.setattr(engine.features, "_compute", lambda images: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        play(engine, [make_task(picture, str(i)) for i in range(3)])
+    assert not engine._rows and not engine._waiting
 
 
 def test_a_conversation_beyond_the_context_is_refused(model, processor):

@@ -29,6 +29,7 @@ from scripted_trainers import (
 )
 from tiny_models import make_model, make_processor
 from transformers import TrainerCallback
+from trl.distributed import DistributedBackend
 
 from vretrver_hf import Item, Reranker
 from vretrver_hf.agent import play
@@ -293,6 +294,31 @@ class TestTraining:
         trainer.train()
         assert "pixel_values" not in trainer.batches[0]
         assert difference(trainer, on_first_inputs(trainer)) < 1e-4
+
+    def test_attention_does_without_cudnn_in_rollouts_and_both_passes_of_the_loss(
+        self, picture, tmp_path, monkeypatch
+    ):
+        state, seen = {"off": 0}, []
+
+        @contextlib.contextmanager
+        def without(model):
+            assert model is trainer.model
+            state["off"] += 1
+            yield
+            state["off"] -= 1
+
+        monkeypatch.setattr(grpo, "without_cudnn_attention", without)
+        arguments = {"max_steps": 1, "gradient_checkpointing": True, "per_device_eval_batch_size": 4}
+        trainer = make_trainer("qwen2_5_vl", [make_example(picture)], tmp_path, **arguments)
+        block = trainer.model.model.language_model.layers[0]
+        block.self_attn.register_forward_hook(
+            lambda *args: seen.append((torch.is_grad_enabled(), trainer.model.training, state["off"]))
+        )
+        trainer.train()
+        trainer.evaluate(trainer.train_dataset)
+        # Rollouts, the loss and the recomputation in its backward pass; the evaluation.
+        assert {kind[:2] for kind in seen} >= {(False, False), (True, True)}
+        assert all(off == 1 for *_, off in seen)
 
     def test_evaluates(self, picture, tmp_path):
         processor = make_processor("qwen2_5_vl")
@@ -580,6 +606,13 @@ class TestSettings:
     def test_what_would_be_ignored_is_refused(self, picture, tmp_path, arguments, reason):
         with pytest.raises(ValueError, match=reason):
             make_trainer("qwen2_5_vl", [make_example(picture)], tmp_path, **arguments)
+
+    @pytest.mark.parametrize(("version", "fits"), [(1, False), (2, True)])
+    def test_only_the_second_version_of_fsdp_gives_whole_weights(self, picture, tmp_path, monkeypatch, version, fits):
+        monkeypatch.setattr(DistributedBackend, "__init__", lambda self, accelerator: vars(self).update(told))
+        told = {"zero_stage": 0, "fsdp_version": version}
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="set fsdp_version to 2"):
+            make_trainer("qwen2_5_vl", [make_example(picture)], tmp_path)
 
     def test_no_rollouts_without_tools_in_vllm(self, picture, tmp_path):
         with pytest.raises(ValueError, match="set no_tool_share to 0"):

@@ -126,8 +126,9 @@ class _SlotLayer(CacheLayerMixin):
             return
         new_rows = max(rows, have_rows)
         new_columns = have_columns if columns <= have_columns else max(columns + _GROWTH, have_columns * 5 // 4)
-        self.keys = _enlarged(self.keys, new_rows, new_columns)
-        self.values = _enlarged(self.values, new_rows, new_columns)
+        # Both or none: where memory is full, rows that there are keys but no values of could not be moved any more.
+        keys, values = (_enlarged(old, new_rows, new_columns) for old in (self.keys, self.values))
+        self.keys, self.values = keys, values
 
 
 def _enlarged(old: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

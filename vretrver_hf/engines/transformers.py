@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import (
 from .. import chat_templates, hub
 from ..encoding import Encoded, Encoder
 from ..vision import PictureFeatures, picture_grid, rope_index
+from ._attention import without_cudnn_attention
 from ._slot_cache import SlotCache
 from .base import Engine, Sampling, Session, TurnResult
 
@@ -165,11 +167,12 @@ class TransformersEngine(Engine):
                 return [self._done.pop(session) for session in asked]
             if self.on_token is not None:
                 self.on_token()
-            results = self._prefill()
-            if not results:
-                if not any(session.decoding for session in self._rows):
-                    return []
-                results = self._decode()
+            with self._running():
+                results = self._prefill()
+                if not results:
+                    if not any(session.decoding for session in self._rows):
+                        return []
+                    results = self._decode()
             self._done |= {result.session: result for result in results}
 
     def close(self, session: _Session) -> None:
@@ -182,12 +185,28 @@ class TransformersEngine(Engine):
             return
         # The last row moves into the gap, so that the rows in use stay together and a decode step needs no gather.
         last = self._rows.pop()
+        gap, session.row = session.row, None
         if last is not session:
-            self._cache.move(last.row, session.row)
-            self._rows[session.row] = last
-            last.row = session.row
-        session.row = None
-        self._cache.clear(len(self._rows))
+            self._rows[gap] = last
+            source, last.row = last.row, gap
+        # A device that has failed fails at everything from then on, and what failed first is what people must see.
+        with contextlib.suppress(torch.AcceleratorError):
+            if last is not session:
+                self._cache.move(source, gap)
+            self._cache.clear(len(self._rows))
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """What the model runs in; where memory runs out, the error also says what to lower."""
+        try:
+            with without_cudnn_attention(self.model):
+                yield
+        except torch.OutOfMemoryError as error:
+            error.add_note(
+                f"lower max_sessions ({self.max_sessions} now; keys and values of as many conversations) or "
+                f"prefill_tokens ({self.prefill_tokens} now; tokens read at a time)"
+            )
+            raise
 
     def _prefill(self) -> list[TurnResult]:
         """Brings in waiting turns, as many at a time as fit, and samples each one's first token."""

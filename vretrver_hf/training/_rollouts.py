@@ -202,8 +202,8 @@ def to_rollout(trajectory: Trajectory, pictures: Sequence[Image.Image], encoder:
 
 def with_unseen_picture(rollout: Rollout, encoder: Encoder) -> Rollout:
     """
-    The rollout with a blank picture behind its end, which nothing attends to. Where ZeRO-3 shards a tower that is
-    trained, a process whose batch has no picture would skip the tower and leave the others waiting for it.
+    The rollout with a blank picture behind its end, which nothing attends to. Where a tower that is trained
+    is sharded (ZeRO-3, FSDP), a process whose batch has no picture would skip it and leave the others waiting for it.
     """
     blank = Image.new("RGB", (encoder.factor, encoder.factor))
     # The last token comes again, since TRL tells by it whether a completion was cut off.

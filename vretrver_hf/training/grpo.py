@@ -21,10 +21,10 @@ from accelerate.utils import is_peft_model
 from torch.utils.data import Sampler
 from transformers import AutoConfig, AutoProcessor
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
-from trl.models import unwrap_model_for_generation
 
 from ..data.examples import load_examples
 from ..encoding import collapse_pads
+from ..engines._attention import without_cudnn_attention
 from ..engines.base import Sampling
 from ..engines.transformers import TransformersEngine
 from ..environment import RerankEnvironment, prepare_processor, training_dataset
@@ -48,6 +48,7 @@ from ._common import (
 )
 from ._features import FeatureCache
 from ._rollouts import RecordedEnvironment, Rollout, play_rollouts, with_unseen_picture
+from ._sharding import whole_weights
 from .health import HealthCallback
 
 
@@ -148,7 +149,7 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
     """
     TRL's GRPO trainer for reranking with pictures and tools.
 
-    Five methods of TRL 1.16 are overridden, and nothing else but how a checkpoint is loaded ([`ExactResume`]):
+    Seven methods of TRL 1.16 are overridden, and nothing else but how a checkpoint is loaded ([`ExactResume`]):
 
     - `_generate`, to run the project's own agent loop. TRL's processes all pictures and prefills the whole
       conversation again in every turn, runs tools one by one, ends a rollout without a word at a malformed turn, gives
@@ -166,6 +167,8 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
 
     - `_generate_and_score_completions`, so that equal pictures are processed once ([`equal_pictures_once`]). And the
       model finds rotary positions of a whole batch at once ([`quick_positions`]).
+    - `training_step` and `prediction_step`, so that attention does without cuDNN ([`without_cudnn_attention`]), also
+      where gradient checkpointing runs it once more.
 
     Where the vision tower and its projector are frozen, each picture passes them once a step ([`FeatureCache`]).
 
@@ -256,10 +259,10 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
             ),
             **kwargs,
         )
-        if self._dist.is_fsdp and not args.use_vllm:
+        if self._dist.fsdp_version == 1 and not args.use_vllm:
             raise ValueError(
-                "the project's own rollouts need whole weights, which FSDP does not give them: set use_vllm, or train "
-                "with DDP or DeepSpeed"
+                "the project's own rollouts need whole weights, and FSDP's first version gives them only within its "
+                "own forward pass: set fsdp_version to 2 in the launch configuration, or use_vllm"
             )
         quick_positions(_base_model(self.model))
         tower = _base_model(self.model).model.visual
@@ -275,6 +278,16 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
             self.vllm_generation.llm = SizedLLM(self.vllm_generation.llm, processing_class.image_processor.size)
         cached = not args.use_vllm and not self._tower_is_trained
         self.features = FeatureCache(tower) if cached else None
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers calls this for forward and backward pass; see the class."""
+        with without_cudnn_attention(_base_model(self.model)):
+            return super().training_step(model, *args, **kwargs)
+
+    def prediction_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers calls this for each batch of an evaluation; see the class."""
+        with without_cudnn_attention(_base_model(self.model)):
+            return super().prediction_step(model, *args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         """TRL 1.16 calls this for a batch, whose groups show the same pictures; see the class."""
@@ -338,7 +351,7 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
             rollouts = play_rollouts(engine, tasks, sampling, self.max_completion_length)
         for environment, rollout in zip(self.environments, rollouts, strict=True):
             environment.trajectory = rollout.trajectory
-        if self._tower_is_trained and self._dist.is_zero3:
+        if self._tower_is_trained and (self._dist.is_zero3 or self._dist.is_fsdp):
             rollouts = [
                 rollout if rollout.images else with_unseen_picture(rollout, self.encoder) for rollout in rollouts
             ]
@@ -348,11 +361,7 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
     def _policy(self) -> Iterator[PreTrainedModel]:
         """The bare model as it stands, for reading only and in the precision of the loss."""
         with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
+            whole_weights(self.model_wrapped, self.accelerator, self.args.gradient_checkpointing_kwargs) as model,
             torch.no_grad(),
             self.accelerator.autocast(),
         ):
