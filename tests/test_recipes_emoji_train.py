@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from unittest import mock
@@ -26,7 +27,7 @@ from choices import choice_share
 from emoji_toy import MERGED, TOY, WHOLE, data, model, processor, ranks, source, table
 from examples import Drawing, Entry, Placed, Scene
 from intervals import wilson
-from locating import close_up, locations
+from locating import PLACE_WEIGHT, QUESTIONS, close_up, locations
 from model import (
     change_looks,
     embed,
@@ -44,6 +45,7 @@ from model import (
 )
 from preset import MAX_TURN_TOKENS, PRESET
 from rows import NUM_LOOKS, Picture, PictureGroup, RowMaker, by_length, collate, share_pictures, token_positions
+from scenes import place_name
 from searching import aim_box, in_view
 from stages import COLD_START, SFT_TASKS, Feed, Source
 from tokenizer import SPECIAL_TOKENS, VISIBLE_TOKENS, make_tokenizer, merges_of
@@ -382,13 +384,22 @@ def test_places_and_names_in_scenes(source):
     for example in source._makers["overview"].make(40, 2):
         scene = example.candidates[0].image
         boxes = {json.dumps([round(value / scene.side, 2) for value in thing.box]): thing for thing in scene.objects}
-        for question, answer in locations(scene, source.concepts, rng, whole=True, reduced=True):
+        asked = list(locations(scene, source.concepts, rng, whole=True, reduced=True))
+        boxes_asked = [text for pair in asked for text in pair[:2] for text in re.findall(r"\[.*?\]", text)]
+        assert len(set(boxes_asked)) == len(boxes_asked) == QUESTIONS  # nothing can be copied
+        for question, answer, weight in asked:
             kind = question.split()[0]
-            box, name = (answer, question[9:-1]) if kind == "Where" else (question[11:-1], answer)
+            questions[kind] = questions.get(kind, 0) + 1
+            assert (weight == PLACE_WEIGHT) == (kind == "Where")
+            if kind == "Where":
+                name, where = question[9:-1], answer
+                continue
+            box, name = (answer, name) if kind == "In" else (question[11:-1], answer)
+            if kind == "In":
+                assert place_name(scene, scene.objects.index(boxes[box])) == where
             concept = source.concepts[boxes[box].drawing.code]
             assert name == "a clock" if concept.base == "clock" else concept.noun in name
-            questions[kind] = questions.get(kind, 0) + 1
-    assert min(questions["Where"], questions["What"]) > 20
+    assert questions["Where"] == questions["In"] and min(questions["Where"], questions["What"]) > 20
 
 
 def test_a_close_up_is_what_a_crop_shows(source, table):

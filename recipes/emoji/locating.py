@@ -11,21 +11,24 @@ from cases import Case, Side
 from concepts import Concept
 from examples import Placed, Scene
 from preset import PRESET
-from scenes import family, thing_phrase, value_phrase
+from scenes import family, place_name, thing_phrase, value_phrase
 from searching import aim_box
 
 
 QUESTIONS = 4
 """Questions about one scene."""
-ABOUT_TARGET = 0.5
-"""Share of the questions that are about what the scene's own question is about."""
+PLACE_WEIGHT = 2.5
+"""Weight of a place that is asked for. To find a thing and say where it is is learned from places before it is learned
+from numbers: asked for boxes only, the model named one box for everything after a million of them."""
+ABOUT_TARGET = 0.8
+"""Share of the scenes of which one question is about what the scene's own question is about."""
 
 
 def locations(
     scene: Scene, concepts: dict[str, Concept], rng: random.Random, whole: bool, reduced: bool
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[tuple[str, str, float]]:
     """
-    Questions about a scene, with their answers.
+    Questions about a scene, with their answers and the weights of these.
 
     Args:
         scene (`Scene`):
@@ -41,16 +44,21 @@ def locations(
     """
     target = scene.objects[scene.target]
     if not whole:
-        yield "What is in the middle?", value_phrase(concepts[target.drawing.code])
+        yield "What is in the middle?", value_phrase(concepts[target.drawing.code]), 1.0
         return
-    for _ in range(QUESTIONS):
-        thing = target if rng.random() < ABOUT_TARGET else rng.choice(scene.objects)
+    # Each thing once: who is asked again, or the other way round, need not look but can copy.
+    numbers = rng.sample(range(len(scene.objects)), QUESTIONS)
+    if scene.target not in numbers and rng.random() < ABOUT_TARGET:
+        numbers[rng.randrange(QUESTIONS)] = scene.target
+    for number in numbers:
+        thing = scene.objects[number]
         name, box = _name(thing, concepts, reduced), _box(thing, scene)
         unique = sum(_name(other, concepts, reduced) == name for other in scene.objects) == 1
         if unique and rng.random() < 0.6:
-            yield f"Where is {name}?", box
+            yield f"Where is {name}?", place_name(scene, number), PLACE_WEIGHT
+            yield "In which box?", box, 1.0
         else:
-            yield f"What is at {box}?", name
+            yield f"What is at {box}?", name, 1.0
 
 
 def close_up(case: Case, rng: random.Random) -> Case:

@@ -188,9 +188,9 @@ class Source:
             case = close_up(case, rng)
         side = rng.choice(case.candidates)
         messages = [{"role": "system", "content": "Point and name."}]
-        for question, reply in locations(side.scene, self.concepts, rng, whole, budget == OVERVIEW_PIXELS):
+        for question, reply, weight in locations(side.scene, self.concepts, rng, whole, budget == OVERVIEW_PIXELS):
             messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
-            messages.append({"role": "assistant", "content": reply})
+            messages.append({"role": "assistant", "content": reply, "loss": weight})
         messages[1]["content"].insert(0, {"type": "image"})
         return self.rows.row(messages, [side.view.within(budget)])
 

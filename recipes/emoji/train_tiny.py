@@ -29,6 +29,7 @@ from art import TEST_ARTIST
 from choices import choice_share
 from evaluate import SETS
 from intervals import wilson
+from locating import PLACE_WEIGHT
 from model import embed_parts, fused_norms, losses_of, make_model, num_parameters, tiny_config
 from muon import Muon
 from preset import MAX_TURN_TOKENS, PRESET, STRIDE, WINDOW
@@ -235,19 +236,22 @@ class _Meter:
 
     def add(self, batch: Batch, losses: Tensor, logits: Tensor, loss: Tensor) -> None:
         right = logits.argmax(-1) == batch.ids.flatten()[batch.targets]
-        chosen, matched = batch.weights > MATCH_WEIGHT, batch.weights == MATCH_WEIGHT
-        counts = (right & chosen, chosen, right & matched, matched)
+        kinds = (batch.weights > MATCH_WEIGHT, batch.weights == MATCH_WEIGHT, batch.weights == PLACE_WEIGHT)
+        counts = (count for kind in kinds for count in (right & kind, kind))
         self._sums += torch.stack([loss, *(count.sum() for count in counts)]).double()
         self.rows += len(batch.ids)
         self.tokens += batch.ids.numel()
 
     def report(self, stage: str, progress: float, step: int, rate: float) -> float:
-        loss, hits, chosen, fits, matched = self._sums.tolist()
+        loss, *counts = self._sums.tolist()
         loss /= self.steps
+        choices, matches, places = (
+            hits / max(1, count) for hits, count in zip(counts[::2], counts[1::2], strict=True)
+        )
         seconds = self.seconds
         print(
-            f"{stage:6s} {progress:6.1%}  step {step:5d}  loss {loss:.4f}  choices {hits / max(1, chosen):6.2%}  "
-            f"matches {fits / max(1, matched):6.2%}  "
+            f"{stage:6s} {progress:6.1%}  step {step:5d}  loss {loss:.4f}  choices {choices:6.2%}  "
+            f"matches {matches:6.2%}  places {places:6.2%}  "
             f"lr {rate:.2e}  {self.rows / seconds:7.0f} rows/s  {self.tokens / seconds / 1e6:.2f} M tokens/s",
             flush=True,
         )
@@ -255,7 +259,7 @@ class _Meter:
         return loss
 
     def _reset(self) -> None:
-        self._sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        self._sums = torch.zeros(7, dtype=torch.float64, device=self.device)
         self.steps = self.rows = self.tokens = 0
         self._begun = time.monotonic()
 
