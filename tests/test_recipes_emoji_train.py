@@ -274,10 +274,12 @@ def test_a_disguise_keeps_the_question_and_takes_the_names(source):
 
 def test_looks_by_hand():
     pixels = torch.arange(6.0).view(1, 3, 1, 2).repeat(3, 1, 1, 1)
-    red, mirrored, swapped = change_looks(pixels, torch.tensor([0, 1, 2])).tolist()
-    assert red == [[[0, 1]], [[2, 3]], [[4, 5]]]
+    as_drawn, mirrored, swapped = change_looks(pixels, torch.tensor([0, 1, 4])).tolist()
+    assert as_drawn == [[[0, 1]], [[2, 3]], [[4, 5]]]
     assert mirrored == [[[1, 0]], [[3, 2]], [[5, 4]]]
     assert swapped == [[[0, 1]], [[4, 5]], [[2, 3]]]
+    over, both = change_looks(pixels.view(3, 3, 2, 1)[:2], torch.tensor([2, 3])).tolist()
+    assert over == both == [[[1], [0]], [[3], [2]], [[5], [4]]]
 
 
 def test_disguised_pictures_reach_the_model_in_disguise(source, table):

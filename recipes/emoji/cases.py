@@ -252,7 +252,7 @@ def _mix(case: Case, rng: random.Random) -> Case:
 
 
 def disguise(case: Case, look: int) -> Case:
-    """The same case with all its pictures in other colours or mirrored: what it shows has no name any more."""
+    """The same case with all its pictures in other colours or turned: what it shows has no name any more."""
 
     def change(side: Side) -> Side:
         return dataclasses.replace(side, view=dataclasses.replace(side.view, look=look), concept=None)

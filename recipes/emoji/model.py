@@ -146,9 +146,11 @@ def change_looks(pixels: Tensor, looks: Tensor) -> Tensor:
     Returns:
         `Tensor`: the same shape.
     """
-    orders = torch.tensor(_CHANNEL_ORDERS, device=pixels.device)[looks // 2]
+    orders = torch.tensor(_CHANNEL_ORDERS, device=pixels.device)[looks // 4]
     pixels = pixels.gather(1, orders[:, :, None, None].expand_as(pixels))
-    return torch.where((looks % 2 == 1)[:, None, None, None], pixels.flip(-1), pixels)
+    for bit, axis in ((1, -1), (2, -2)):
+        pixels = torch.where((looks & bit > 0)[:, None, None, None], pixels.flip(axis), pixels)
+    return pixels
 
 
 def patches_of(pixels: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ from tokenizers import Tokenizer
 FACTOR = 28
 """Side in pixels of the square that one image token covers."""
 
-NUM_LOOKS = 12
-"""Ways to show a picture: six orders of its colour channels, as it is or mirrored. 0 is as it is drawn."""
+NUM_LOOKS = 24
+"""Ways to show a picture: six orders of its colour channels, each as it is, mirrored, upside down, or both. 0 is as it
+is drawn."""
 
 _SPLIT = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS + VISIBLE_TOKENS)) + ")")
 _IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -41,7 +42,7 @@ class Picture:
         size (`tuple[int, int]`):
             Width and height that the model sees, multiples of 28.
         look (`int`, *optional*, defaults to 0):
-            One of [`NUM_LOOKS`]: other colours, or mirrored.
+            One of [`NUM_LOOKS`]: other colours, mirrored, upside down.
     """
 
     layers: tuple[Layer, ...]

@@ -81,9 +81,9 @@ EASY = 0.4
 FIRST_ROWS, FIRST_COUNTS = 256_000, (2, 3)
 """Of stage 0, so many rows come first whose examples are all easy and have few candidates: pointing at one of many is
 not learned from choices that are hard as well."""
-DISGUISED = 0.5
-"""Share of stage 0's examples from picture to picture that are shown in other colours or mirrored, all alike: as good
-as new things, of which the sets have too few to learn what likeness is."""
+DISGUISED = 0.6
+"""Share of stage 0's examples from picture to picture that are shown in other colours, mirrored or upside down, all
+alike: as good as new things, of which the sets have too few to learn what likeness is."""
 STAGE0_CHOICE_WEIGHT, SFT_CHOICE_WEIGHT = 8.0, 4.0
 """Weight of the tokens that decide, among many that do not."""
 MAX_PART_TOKENS = 64_000

@@ -448,7 +448,7 @@ def sft(
     context: typer.Context,
     base: Annotated[Path, typer.Option(help="Model to start from, as stage0 wrote it.")],
     batch_size: Size = 256,
-    lr: Rate = 5e-4,
+    lr: Rate = 3e-4,
 ) -> None:
     """Teaches the protocol on whole trajectories, vision tower frozen; writes OUT/model."""
     with fused_norms():
@@ -461,11 +461,11 @@ def sft(
 @app.command(name="all")
 def both(
     context: typer.Context,
-    share: Annotated[float, typer.Option(help="Share of the training time that stage 0 gets.")] = 0.95,
+    share: Annotated[float, typer.Option(help="Share of the training time that stage 0 gets.")] = 0.965,
     stage0_batch_size: Size = STAGE0_ROWS,
     stage0_lr: Rate = 1e-3,
     sft_batch_size: Size = 256,
-    sft_lr: Rate = 5e-4,
+    sft_lr: Rate = 3e-4,
 ) -> None:
     """Both stages in one go; writes OUT/stage0 and OUT/model."""
     with fused_norms():
