@@ -53,6 +53,7 @@ def test_one_evaluation(tmp_path):
     assert f"| CIRR (i,t) → i | {cells} |" in text
     assert any(line.startswith("| mine | hit@1 | 4 | 50.0 [40.0, 60.0] |") and line.endswith("| – |") for line in text)
     assert "| q9 | broken \\| picture |" in text
+    assert any("a mean over those is over 1 fewer." in line for line in text)
     assert any(line.startswith("| all queries | 4.00 | 1.50 | 90.0% | 0.10 |") for line in text)
     latex = (tmp_path / "tables.tex").read_text()
     assert r"CIRR (i,t) $\to$ i & hit@5 & 4 & 75.0 [65.0, 85.0]" in latex and latex.count(r"\begin{table}") == 3

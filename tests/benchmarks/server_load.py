@@ -12,6 +12,7 @@ import json
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ def main() -> None:
     server = subprocess.Popen([*command, *(["--model", args.model] if args.model else [])], stderr=subprocess.PIPE)
     try:
         url = next(line.decode().split()[0] for line in server.stderr if line.startswith(b"http"))
+        threading.Thread(target=server.stderr.read, daemon=True).start()  # or its log would fill the pipe and block it
         print(f"{'vretrver serve, ready':<24}{time.perf_counter() - started:8.3f} s\n")
         rank(url, bodies[0])
         print(f"{'clients':>8}{'p50 s':>10}{'p95 s':>10}{'p99 s':>10}{'requests/s':>12}")

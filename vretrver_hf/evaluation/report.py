@@ -269,4 +269,6 @@ def _errors(results: Results) -> str:
     shown = [[key, " ".join(error.split())] for key, error in list(results.errors.items())[:_ERRORS_SHOWN]]
     more = len(results.errors) - len(shown)
     table = markdown_table(["failed query, counted as 0", "because"], shown)
-    return f"\n## Failed queries\n\n{table}\n" + (f"\nand {more} more\n" if more else "")
+    # Nothing is known of their candidates, so nothing of them can stand in a file that another tool averages over.
+    note = f"They are in none of the run and judgement files: a mean over those is over {len(results.errors)} fewer."
+    return f"\n## Failed queries\n\n{note}\n\n{table}\n" + (f"\nand {more} more\n" if more else "")
