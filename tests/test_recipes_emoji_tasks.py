@@ -485,16 +485,18 @@ class TestEdits:
 
     def test_held_out_targets_and_pairs(self, draw, concepts, features):
         combinations = split_codes(concepts, "test_combination")
-        pairs = {split: set() for split in SPLITS}
+        pairs, steps = ({split: set() for split in SPLITS} for _ in range(2))
         for split in SPLITS:
             for example in draw("it2i", split, 1500):
                 target = example.candidates[example.positive].code
-                if features.structure[target] in ("person", "pair", "hand"):
+                if features.structure[target] in edits.SKINNED:
                     assert (target in combinations) == (split == "test_combination")
-                else:
-                    pairs[split].add((example.query.code, target))
+                    continue
+                asked = steps if features.structure[target] in edits.STEPPED else pairs
+                asked[split].add((example.query.code, target))
         assert pairs["train"] and pairs["test_combination"]
         assert not pairs["test_combination"] & (pairs["train"] | pairs["test_artist"])
+        assert steps["test_combination"] & steps["train"]  # a step's pair is no combination: its wording is held out
 
     def test_held_out_concepts_change_within_themselves(self, draw, concepts):
         for example in draw("it2i", "test_concept"):
