@@ -25,6 +25,9 @@ from vretrver_hf.server import Limits, app, connections, create_app
 DOCUMENTS = ["3", "7", "5"]
 ORDER = [1, 2, 0]
 JSON = {"Content-Type": "application/json"}
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+LARGE = 20_000_000
+"""Bytes of an answer that no system's buffers hold."""
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +327,7 @@ class TestConnections:
         wait_for(lambda: all(is_closed(connection) for connection in idle))
         assert order(post(server)) == ORDER
 
-    @pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"])
+    @pytest.mark.parametrize("before", [b"", HEALTH])
     def test_who_never_ends_the_head_of_a_request(self, serve, monkeypatch, before):
         """The first one, or the one after another."""
         monkeypatch.setattr(connections, "PATIENCE", 0.5)
@@ -344,6 +347,38 @@ class TestConnections:
             time.sleep(1)
             engine.go.set()
             assert order(answer.result()) == ORDER
+
+    @pytest.mark.parametrize("behind", [b"", HEALTH])
+    def test_who_never_takes_the_answer(self, serve, monkeypatch, behind):
+        """To one request, or to another one that waits behind it."""
+        monkeypatch.setattr(connections, "PATIENCE", 0.5)
+        server = serve(limits=Limits(max_characters=LARGE))
+        connection = ask_for_much(server, behind)
+        wait_for(lambda: metric(server, 'vretrver_requests_total{status="200"}') == 1)
+        wait_for(lambda: server.num_connections == 0)
+        connection.close()
+
+    def test_who_takes_the_answer_slowly_gets_all_of_it(self, serve, monkeypatch):
+        monkeypatch.setattr(connections, "PATIENCE", 0.3)
+        connection = ask_for_much(serve(limits=Limits(max_characters=LARGE)))
+        taken = 0
+        while taken < LARGE:
+            time.sleep(0.1)
+            piece = connection.recv(1_000_000, socket.MSG_WAITALL)
+            assert piece, f"closed after {taken} bytes"
+            taken += len(piece)
+        connection.close()
+
+    def test_who_sends_on_while_a_request_is_answered(self, serve, engine):
+        server = serve()
+        engine.go.clear()
+        connection = begin(server, length=len(BODY))
+        connection.sendall(BODY)
+        wait_for(lambda: metric(server, "vretrver_requests_here") == 1)
+        with pytest.raises(ConnectionError):
+            for _ in range(100):
+                connection.sendall(b"x" * 100_000)
+        connection.close()
 
     def test_there_are_more_than_requests(self):
         with pytest.raises(ValueError, match="more than max_requests"):
@@ -488,6 +523,14 @@ def connect(server) -> socket.socket:
     return socket.create_connection((parts.hostname, parts.port), timeout=20)
 
 
+def ask_for_much(server, behind: bytes = b"") -> socket.socket:
+    """A request whose answer is `LARGE`: a document that comes back."""
+    body = json.dumps({"query": "q", "documents": ["1" * LARGE], "return_documents": True}).encode()
+    connection = begin(server, len(body))
+    connection.sendall(body + behind)
+    return connection
+
+
 def begin(server, length: int = 1000) -> socket.socket:
     """A request without its body."""
     connection = connect(server)
@@ -538,7 +581,7 @@ def refuses(server) -> bool:
     parts = urlsplit(server.url)
     try:
         with socket.create_connection((parts.hostname, parts.port), timeout=1) as connection:
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.sendall(HEALTH)
             return connection.recv(1) == b""
     except OSError:
         return True
