@@ -95,6 +95,15 @@ class TestClients:
         assert [result["document"]["text"] for result in results] == ["7", "3"]
         assert "document" not in post(serve()).json()["results"][0]
 
+    def test_documents_come_back_whatever_was_in_them(self, serve):
+        """Half a surrogate pair, and beside what is known a number that JSON cannot hold."""
+        blocks = '{"content": [{"type": "text", "text": "7", "x": 1e999}]}'
+        body = f'{{"query": "q", "documents": ["\\ud800 3", {blocks}], "return_documents": true}}'
+        response = httpx.post(serve().url + "/v1/rerank", content=body, headers=JSON)
+        assert order(response) == [1, 0]
+        first, second = (result["document"] for result in response.json()["results"])
+        assert first["content"] == [{"type": "text", "text": "7", "image_url": None}] and second["text"] == "\ud800 3"
+
     def test_the_names_of_the_model(self, serve):
         server = serve(names=["mine"])
         assert order(post(server, model="mine")) == ORDER
@@ -107,7 +116,7 @@ class TestPictures:
     def test_all_ways_to_send_one(self, serve, picture, engine):
         url = data_url(picture())
         blocks = [{"type": "text", "text": "7"}, {"type": "image_url", "image_url": {"url": url}}]
-        documents = [{"text": "3", "image": url}, {"content": blocks}, {"text": "5"}]
+        documents = [{"text": "3", "image": url}, {"content": blocks}, {"text": "5", "image": ""}]
         assert order(post(serve(), documents=documents, query={"text": "largest", "image": url})) == ORDER
         assert engine.prompts["0"].count("<|image_pad|>") == 3
 
@@ -163,6 +172,18 @@ class TestPictures:
         response = post(server, documents=["1", {"image": "missing.png"}])
         assert response.status_code == 400
         assert response.json()["message"] == "document 1 ('missing.png') does not exist; check the path"
+        for name in (".", "x/..", str(folder)):
+            response = post(server, documents=["1", {"image": name}])
+            assert response.status_code == 400 and str(tmp_path) not in response.text, name
+
+    def test_what_the_model_could_not_be_shown_is_refused_before(self, serve, tmp_path):
+        """Whatever a request may weigh, a picture has the package's own limits."""
+        with (tmp_path / "large.png").open("wb") as file:
+            file.truncate(51 * 2**20)
+        response = post(serve(limits=Limits(image_root=tmp_path)), documents=["1", {"image": "large.png"}])
+        assert response.status_code == 400 and "limit of 52,428,800 bytes" in response.json()["message"]
+        with pytest.raises(ValueError, match="max_pixels must be at most 64,000,000, got 64,000,001"):
+            Limits(max_pixels=64_000_001)
 
 
 class TestLimits:
