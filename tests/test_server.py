@@ -511,6 +511,20 @@ class TestConcurrency:
         assert response.status_code == 502 and "out of memory" not in response.text
         assert not engine._open and order(post(server)) == ORDER
 
+    def test_an_engine_that_cannot_even_stop_costs_everything_at_once(self, serve, engine, monkeypatch):
+        def close(session):
+            raise RuntimeError("it is dead")
+
+        server = serve()
+        engine.go.clear()
+        monkeypatch.setattr(engine, "close", close)
+        with ThreadPoolExecutor(6) as pool:
+            futures = [pool.submit(post, server, query="crash") for _ in range(6)]  # more than are played at a time
+            wait_for(lambda: metric(server, "vretrver_requests_here") == 6)
+            engine.go.set()
+            assert [future.result().status_code for future in futures] == [502] * 6
+        assert httpx.get(server.url + "/health").status_code == 503 and post(server).status_code == 503
+
     def test_shutting_down_finishes_what_was_taken(self, serve, engine):
         server = serve()
         engine.go.clear()
