@@ -19,7 +19,7 @@ PRESET = get_preset("foveated", overview_pixels=64 * 64, inspect_pixels=64 * 64)
 
 
 class Numbers(ScriptedEngine):
-    """Ranks documents whose texts are numbers, the largest first; queries in `held` wait until they are let go."""
+    """Ranks documents whose texts are numbers, the largest first, once `go` is set."""
 
     def __init__(self, encoder, max_sessions: int = 4):
         super().__init__(encoder, self.answer, max_sessions=max_sessions)
@@ -70,6 +70,10 @@ class Serving:
         self._thread.join(60)
         assert not self._thread.is_alive()
         self._listener.close()
+
+    @property
+    def num_connections(self) -> int:
+        return len(self._server.server_state.connections)
 
     def stop(self) -> None:
         self._server.should_exit = True

@@ -81,6 +81,7 @@ def test_a_port_in_use_is_told_before_a_model_is_loaded(capsys):
         (["--base-url", "http://127.0.0.1:9/v1"], "needs the name of the model"),
         (["--allow-files", "/no/such/folder"], "/no/such/folder"),
         (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
+        (["--max-pixels", "100000000"], "max_pixels must be at most 64,000,000, got 100,000,000"),
         (["--max-requests", "600"], "max_connections must be more than max_requests (600), got 512"),
     ],
 )

@@ -25,6 +25,9 @@ from vretrver_hf.server import Limits, app, connections, create_app
 DOCUMENTS = ["3", "7", "5"]
 ORDER = [1, 2, 0]
 JSON = {"Content-Type": "application/json"}
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+LARGE = 20_000_000
+"""Bytes of an answer that no system's buffers hold."""
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,15 @@ class TestClients:
         assert [result["document"]["text"] for result in results] == ["7", "3"]
         assert "document" not in post(serve()).json()["results"][0]
 
+    def test_documents_come_back_whatever_was_in_them(self, serve):
+        """Half a surrogate pair, and beside what is known a number that JSON cannot hold."""
+        blocks = '{"content": [{"type": "text", "text": "7", "x": 1e999}]}'
+        body = f'{{"query": "q", "documents": ["\\ud800 3", {blocks}], "return_documents": true}}'
+        response = httpx.post(serve().url + "/v1/rerank", content=body, headers=JSON)
+        assert order(response) == [1, 0]
+        first, second = (result["document"] for result in response.json()["results"])
+        assert first["content"] == [{"type": "text", "text": "7", "image_url": None}] and second["text"] == "\ud800 3"
+
     def test_the_names_of_the_model(self, serve):
         server = serve(names=["mine"])
         assert order(post(server, model="mine")) == ORDER
@@ -104,7 +116,7 @@ class TestPictures:
     def test_all_ways_to_send_one(self, serve, picture, engine):
         url = data_url(picture())
         blocks = [{"type": "text", "text": "7"}, {"type": "image_url", "image_url": {"url": url}}]
-        documents = [{"text": "3", "image": url}, {"content": blocks}, {"text": "5"}]
+        documents = [{"text": "3", "image": url}, {"content": blocks}, {"text": "5", "image": ""}]
         assert order(post(serve(), documents=documents, query={"text": "largest", "image": url})) == ORDER
         assert engine.prompts["0"].count("<|image_pad|>") == 3
 
@@ -160,6 +172,18 @@ class TestPictures:
         response = post(server, documents=["1", {"image": "missing.png"}])
         assert response.status_code == 400
         assert response.json()["message"] == "document 1 ('missing.png') does not exist; check the path"
+        for name in (".", "x/..", str(folder)):
+            response = post(server, documents=["1", {"image": name}])
+            assert response.status_code == 400 and str(tmp_path) not in response.text, name
+
+    def test_what_the_model_could_not_be_shown_is_refused_before(self, serve, tmp_path):
+        """Whatever a request may weigh, a picture has the package's own limits."""
+        with (tmp_path / "large.png").open("wb") as file:
+            file.truncate(51 * 2**20)
+        response = post(serve(limits=Limits(image_root=tmp_path)), documents=["1", {"image": "large.png"}])
+        assert response.status_code == 400 and "limit of 52,428,800 bytes" in response.json()["message"]
+        with pytest.raises(ValueError, match="max_pixels must be at most 64,000,000, got 64,000,001"):
+            Limits(max_pixels=64_000_001)
 
 
 class TestLimits:
@@ -324,7 +348,7 @@ class TestConnections:
         wait_for(lambda: all(is_closed(connection) for connection in idle))
         assert order(post(server)) == ORDER
 
-    @pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"])
+    @pytest.mark.parametrize("before", [b"", HEALTH])
     def test_who_never_ends_the_head_of_a_request(self, serve, monkeypatch, before):
         """The first one, or the one after another."""
         monkeypatch.setattr(connections, "PATIENCE", 0.5)
@@ -344,6 +368,38 @@ class TestConnections:
             time.sleep(1)
             engine.go.set()
             assert order(answer.result()) == ORDER
+
+    @pytest.mark.parametrize("behind", [b"", HEALTH])
+    def test_who_never_takes_the_answer(self, serve, monkeypatch, behind):
+        """To one request, or to another one that waits behind it."""
+        monkeypatch.setattr(connections, "PATIENCE", 0.5)
+        server = serve(limits=Limits(max_characters=LARGE))
+        connection = ask_for_much(server, behind)
+        wait_for(lambda: metric(server, 'vretrver_requests_total{status="200"}') == 1)
+        wait_for(lambda: server.num_connections == 0)
+        connection.close()
+
+    def test_who_takes_the_answer_slowly_gets_all_of_it(self, serve, monkeypatch):
+        monkeypatch.setattr(connections, "PATIENCE", 0.3)
+        connection = ask_for_much(serve(limits=Limits(max_characters=LARGE)))
+        taken = 0
+        while taken < LARGE:
+            time.sleep(0.1)
+            piece = connection.recv(1_000_000, socket.MSG_WAITALL)
+            assert piece, f"closed after {taken} bytes"
+            taken += len(piece)
+        connection.close()
+
+    def test_who_sends_on_while_a_request_is_answered(self, serve, engine):
+        server = serve()
+        engine.go.clear()
+        connection = begin(server, length=len(BODY))
+        connection.sendall(BODY)
+        wait_for(lambda: metric(server, "vretrver_requests_here") == 1)
+        with pytest.raises(ConnectionError):
+            for _ in range(100):
+                connection.sendall(b"x" * 100_000)
+        connection.close()
 
     def test_there_are_more_than_requests(self):
         with pytest.raises(ValueError, match="more than max_requests"):
@@ -455,6 +511,20 @@ class TestConcurrency:
         assert response.status_code == 502 and "out of memory" not in response.text
         assert not engine._open and order(post(server)) == ORDER
 
+    def test_an_engine_that_cannot_even_stop_costs_everything_at_once(self, serve, engine, monkeypatch):
+        def close(session):
+            raise RuntimeError("it is dead")
+
+        server = serve()
+        engine.go.clear()
+        monkeypatch.setattr(engine, "close", close)
+        with ThreadPoolExecutor(6) as pool:
+            futures = [pool.submit(post, server, query="crash") for _ in range(6)]  # more than are played at a time
+            wait_for(lambda: metric(server, "vretrver_requests_here") == 6)
+            engine.go.set()
+            assert [future.result().status_code for future in futures] == [502] * 6
+        assert httpx.get(server.url + "/health").status_code == 503 and post(server).status_code == 503
+
     def test_shutting_down_finishes_what_was_taken(self, serve, engine):
         server = serve()
         engine.go.clear()
@@ -486,6 +556,14 @@ BODY = json.dumps({"query": "largest", "documents": DOCUMENTS}).encode()
 def connect(server) -> socket.socket:
     parts = urlsplit(server.url)
     return socket.create_connection((parts.hostname, parts.port), timeout=20)
+
+
+def ask_for_much(server, behind: bytes = b"") -> socket.socket:
+    """A request whose answer is `LARGE`: a document that comes back."""
+    body = json.dumps({"query": "q", "documents": ["1" * LARGE], "return_documents": True}).encode()
+    connection = begin(server, len(body))
+    connection.sendall(body + behind)
+    return connection
 
 
 def begin(server, length: int = 1000) -> socket.socket:
@@ -538,7 +616,7 @@ def refuses(server) -> bool:
     parts = urlsplit(server.url)
     try:
         with socket.create_connection((parts.hostname, parts.port), timeout=1) as connection:
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.sendall(HEALTH)
             return connection.recv(1) == b""
     except OSError:
         return True

@@ -3,7 +3,7 @@ Finds out in a minute whether a launch configuration works on a machine: a few r
 model, on as many processes as asked for, and a look at what came of them.
 
     accelerate launch --config_file recipes/accelerate_configs/zero3.yaml --num_processes 2 \\
-        recipes/accelerate_configs/check.py grpo [--steps 3] [--train_tower] [--adapter] [--out FOLDER]
+        recipes/accelerate_configs/check.py grpo [--steps 3] [--train_tower] [--out FOLDER]
 
 Half the queries have no pictures, so that a process may well meet a batch without any. It ends with an error unless
 
@@ -12,7 +12,7 @@ Half the queries have no pictures, so that a process may well meet a batch witho
 - weights that are trained differ from those at the start, and frozen ones do not,
 - the model that was saved holds those weights.
 
-With `--adapter lora` or `--adapter qlora` the adapter is looked at in place of the weights.
+With `sft --adapter lora` or `sft --adapter qlora` the adapter is looked at in place of the weights.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ SCENES_IN = 4
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("recipes/emoji/data"),
-    seed: Annotated[int, typer.Option(help="Seed of the evaluation examples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the evaluation examples; lessons: that of the cold start.")] = 0,
     num_examples: Annotated[int, typer.Option(help="Evaluation examples a task and split.")] = 1000,
     from_archive: Annotated[Path | None, typer.Option(help="Start from this art.zip; nothing is fetched.")] = None,
     num_train: Annotated[int, typer.Option(help="Exported training examples.")] = 20_000,

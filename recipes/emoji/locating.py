@@ -21,7 +21,7 @@ PLACE_WEIGHT = 2.5
 """Weight of a place that is asked for. To find a thing and say where it is is learned from places before it is learned
 from numbers: asked for boxes only, the model named one box for everything after a million of them."""
 ABOUT_TARGET = 0.8
-"""Share of the scenes of which one question is about what the scene's own question is about."""
+"""Share of the scenes whose target the draw left out that are asked about it all the same."""
 
 
 def locations(

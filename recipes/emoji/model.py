@@ -135,7 +135,7 @@ def render_group(group: PictureGroup, table: Tensor) -> Tensor:
 
 def change_looks(pixels: Tensor, looks: Tensor) -> Tensor:
     """
-    Pictures in other colours, or mirrored.
+    Pictures in other colours, mirrored or upside down.
 
     Args:
         pixels (`Tensor`):

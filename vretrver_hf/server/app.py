@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import time
 import uuid
@@ -128,7 +129,7 @@ class _Service:
         """For Prometheus."""
         return Response(self._metrics.render(), media_type="text/plain; version=0.0.4")
 
-    async def _answer(self, request: Request, request_id: str) -> dict[str, Any]:
+    async def _answer(self, request: Request, request_id: str) -> Response:
         """The response, or `Refused`. The place is taken before anything is read, so that waiting costs no memory."""
         ends = asyncio.get_running_loop().time() + self._limits.seconds
         ticket = self._enter()
@@ -144,7 +145,8 @@ class _Service:
         finally:
             self.worker.leave(ticket)
         self._metrics.ranked(ranking)
-        return response_of(asked, ranking, request_id)
+        # In ASCII: half a surrogate pair that a document had goes back with it, and UTF-8 has no such thing.
+        return Response(json.dumps(response_of(asked, ranking, request_id)), media_type="application/json")
 
     def _enter(self) -> str:
         try:

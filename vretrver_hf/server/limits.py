@@ -9,7 +9,7 @@ from pathlib import Path
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..images import ImageLimits
+from ..images import DEFAULT_LIMITS, ImageLimits
 
 
 OPEN_PATHS = ("/health", "/metrics")
@@ -25,11 +25,11 @@ class Limits:
         max_documents (`int`, *optional*, defaults to 200):
             Most documents of one request.
         max_bytes (`int`, *optional*, defaults to 64 MiB):
-            Most bytes of one request.
+            Most bytes of one request. A picture may have those of [`~vretrver_hf.images.ImageLimits`] at most.
         max_characters (`int`, *optional*, defaults to 20,000):
             Most characters of one text: the query's, or a document's.
         max_pixels (`int`, *optional*, defaults to 16,000,000):
-            Most pixels of one picture.
+            Most pixels of one picture, at most those of [`~vretrver_hf.images.ImageLimits`].
         max_total_pixels (`int`, *optional*, defaults to 160,000,000):
             Most pixels of all pictures of one request.
         max_requests (`int`, *optional*, defaults to 128):
@@ -57,6 +57,8 @@ class Limits:
             value = getattr(self, field.name)
             if field.name != "image_root" and value <= 0:
                 raise ValueError(f"{field.name} must be positive, got {value}")
+        if self.max_pixels > DEFAULT_LIMITS.max_pixels:  # the model's loop would refuse what was admitted
+            raise ValueError(f"max_pixels must be at most {DEFAULT_LIMITS.max_pixels:,}, got {self.max_pixels:,}")
         if self.max_connections <= self.max_requests:
             raise ValueError(
                 f"max_connections must be more than max_requests ({self.max_requests}), got {self.max_connections}: "
@@ -65,7 +67,7 @@ class Limits:
 
     @property
     def images(self) -> ImageLimits:
-        return ImageLimits(max_bytes=self.max_bytes, max_pixels=self.max_pixels)
+        return ImageLimits(min(self.max_bytes, DEFAULT_LIMITS.max_bytes), self.max_pixels)
 
     @property
     def max_parts(self) -> int:

@@ -29,7 +29,9 @@ class Metrics:
         self._documents = Counter("documents", "Documents ranked.", **options)
         self._calls = Counter("tool_calls", "Tool calls that the model made.", **options)
         self._tokens = Counter("tokens", "Tokens read and written.", **options)
-        Gauge("requests_here", "Requests waiting or under way.", **options).set_function(lambda: worker.num_requests)
+        Gauge("requests_here", "Requests being read, waiting or under way.", **options).set_function(
+            lambda: worker.num_requests
+        )
         Gauge("requests_waiting", "Requests waiting for the engine.", **options).set_function(
             lambda: worker.num_waiting
         )

@@ -14,6 +14,20 @@ from .body import parse_json
 from .limits import Limits, Refused
 
 
+class ImageUrl(BaseModel):
+    """Where a picture is: a data URL."""
+
+    url: str
+
+
+class Block(BaseModel):
+    """A piece of a document's content."""
+
+    type: str
+    text: str | None = None
+    image_url: ImageUrl | None = None
+
+
 class Document(BaseModel):
     """
     A query or a document: `text`, `image` (a data URL), or both; or `content`, as vLLM's clients send it, a list of
@@ -24,7 +38,7 @@ class Document(BaseModel):
 
     text: str | None = None
     image: str | None = None
-    content: list[dict[str, Any]] | None = None
+    content: list[Block] | None = None
 
 
 class RerankRequest(BaseModel):
@@ -169,12 +183,12 @@ def _pixels(item: Item, name: str, limits: Limits) -> int:
 
 def _parts(document: Document) -> tuple[str | None, str | None]:
     texts = [] if document.text is None else [document.text]
-    images = [] if document.image is None else [document.image]
+    images = [document.image] if document.image else []
     for block in document.content or []:
-        if block.get("type") == "text" and isinstance(block.get("text"), str):
-            texts.append(block["text"])
-        elif block.get("type") == "image_url" and isinstance(block.get("image_url"), dict):
-            images.append(str(block["image_url"].get("url")))
+        if block.type == "text" and block.text is not None:
+            texts.append(block.text)
+        elif block.type == "image_url" and block.image_url is not None:
+            images.append(block.image_url.url)
         else:
             raise ItemError("its content must hold blocks of type text or image_url")
     if len(images) > 1:
@@ -191,6 +205,6 @@ def _file(name: str, limits: Limits) -> Any:
         path = (root / name).resolve()
     except (OSError, ValueError):
         path = root.parent
-    if not path.is_relative_to(root):
-        raise ItemError("its image lies outside of the folder that this server reads pictures from")
+    if root not in path.parents:
+        raise ItemError("its image must lie in the folder that this server reads pictures from")
     return path

@@ -46,7 +46,7 @@ class Worker:
         self._unwanted: set[str] = set()
         self._numbers = itertools.count()
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing = self._broken = False
         self._thread = threading.Thread(target=self._run, name="rerank-worker", daemon=True)
         self._thread.start()
 
@@ -61,7 +61,7 @@ class Worker:
 
     @property
     def is_ready(self) -> bool:
-        return self._thread.is_alive() and not self._closing
+        return not (self._closing or self._broken)
 
     def enter(self) -> str:
         """
@@ -76,7 +76,7 @@ class Worker:
         """
         with self._changed:
             if not self.is_ready:
-                raise Closing("the server is shutting down")
+                raise Closing("the server takes no requests any more")
             if len(self._tickets) >= self._max_requests:
                 raise Busy(f"{len(self._tickets)} requests are here already; try again in a moment")
             ticket = str(next(self._numbers))
@@ -93,12 +93,19 @@ class Worker:
             self._changed.notify()
 
     def submit(self, ticket: str, query: Item, candidates: list[Item]) -> Future[Ranking]:
-        """Queues a ranking."""
+        """
+        Queues a ranking.
+
+        Raises:
+            `EngineError`: if the engine has failed for good.
+        """
         reranker = self._reranker
         job = RankingJob(ticket, query, candidates, reranker.window, reranker.stride, passes=reranker.passes)
         future: Future[Ranking] = Future()
         future.set_running_or_notify_cancel()  # from now on nobody but this thread ends it
         with self._changed:
+            if self._broken:
+                raise EngineError("the engine has failed for good")
             self._futures[ticket] = future
             self._waiting.append(job)
             self._changed.notify()
@@ -112,7 +119,17 @@ class Worker:
         self._thread.join()
 
     def _run(self) -> None:
-        loop = RankingLoop(self._reranker)
+        try:
+            self._work(RankingLoop(self._reranker))
+        except Exception as error:
+            # It could not even be told to stop what it failed at. Nobody is to wait for it, and `is_ready` says so.
+            logger.exception("the engine failed for good")
+            with self._changed:
+                self._broken = True
+            for ticket in list(self._futures):
+                self._finish(ticket, error)
+
+    def _work(self, loop: RankingLoop) -> None:
         while self._wait_for_work(loop):
             try:
                 self._admit(loop)

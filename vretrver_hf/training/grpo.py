@@ -164,7 +164,6 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
       project's own loop.
     - `_get_train_sampler`, since TRL's sampler draws each epoch's order from what the epochs before left of its
       generator: a run that goes on in a later epoch would meet the first one's order again.
-
     - `_generate_and_score_completions`, so that equal pictures are processed once ([`equal_pictures_once`]). And the
       model finds rotary positions of a whole batch at once ([`quick_positions`]).
     - `training_step` and `prediction_step`, so that attention does without cuDNN ([`without_cudnn_attention`]), also
