@@ -129,15 +129,25 @@ class Player:
     def concepts(self) -> dict[str, Concept]:
         return load_concepts(self.data)
 
+    @functools.cached_property
+    def _examples(self) -> dict[tuple[str, str], list[Example]]:
+        return {}
+
     def key(self, task: str, split: str) -> dict[str, Any]:
         """What tells a row from all others."""
         pixels = self.reranker.preset.overview_pixels
         return {"task": task, "split": split, "tools": self.tools, "overview_pixels": pixels, "n": self.count}
 
+    def examples(self, task: str, split: str) -> list[Example]:
+        """A row's queries; kept, since a process plays several parts of a row and a maker of scenes takes seconds."""
+        if (task, split) not in self._examples:
+            maker = make_maker(self.art, self.concepts, task, split, num_candidates=CANDIDATES)
+            self._examples[task, split] = maker.make(self.count, SEED)
+        return self._examples[task, split]
+
     def play(self, task: str, split: str, part: slice = slice(None)) -> tuple[list[Result], float]:
         """Plays a row's queries, or a part of them; what came of each, and the seconds that it took."""
-        maker = make_maker(self.art, self.concepts, task, split, num_candidates=CANDIDATES)
-        examples = maker.make(self.count, SEED)[part]
+        examples = self.examples(task, split)[part]
         started = time.perf_counter()
         results = play(self.reranker, self.art, examples, f"{task}/{split}")
         return results, time.perf_counter() - started
