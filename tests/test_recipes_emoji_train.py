@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import random
@@ -27,7 +28,7 @@ from choices import choice_share
 from emoji_toy import MERGED, TOY, WHOLE, data, model, processor, ranks, source, table
 from examples import Drawing, Entry, Placed, Scene
 from intervals import wilson
-from locating import PLACE_WEIGHT, QUESTIONS, close_up, locations
+from locating import PLACE_WEIGHT, ask, close_up, point_out, thinned
 from model import (
     change_looks,
     embed,
@@ -46,7 +47,7 @@ from model import (
 from preset import MAX_TURN_TOKENS, PRESET
 from rows import NUM_LOOKS, Picture, PictureGroup, RowMaker, by_length, collate, share_pictures, token_positions
 from scenes import place_name
-from searching import aim_box, in_view
+from searching import aim_box, box_around, in_view
 from stages import COLD_START, SFT_TASKS, Feed, Source
 from tokenizer import SPECIAL_TOKENS, VISIBLE_TOKENS, make_tokenizer, merges_of
 from train_tiny import Paused, Plan, Trainer, save_model
@@ -195,7 +196,7 @@ def test_choices_weigh_more(processor):
         row = maker.row([{"role": "assistant", "content": content}], [], choice_weight=4.0)
         return processor.tokenizer.decode(row.ids[row.weights == 4.0])
 
-    # The thought's numbers digit by digit, then the answer's first.
+    # The thought's numbers digit by digit and its verdicts, then the answer's first.
     assert heavy("<think>2 and 14 fit.</think>\n" + format_answer([1, 0, 2])) == "2142"
     assert heavy("<think>3?</think>\n" + format_call("select_images", {"target_images": [3]})) == "3"
     assert heavy("the keycap 5") == ""
@@ -377,31 +378,86 @@ def test_aimed_boxes_show_the_target_and_others_seldom(source):
         seen = [tools.crop_image(aim_box(scene, rng), 1).refs[0].box for _ in range(4)]
         assert all(in_view(scene, box) for box in seen)
         shares = [(box[2] - box[0]) / scene.side for box in seen]
-        assert max(shares) < 0.2  # a crop shows one thing closely
+        assert max(shares) < 0.27  # a crop shows one thing closely
+        best = tools.crop_image(box_around(scene.objects[scene.target], scene), 1).refs[0].box
+        assert in_view(scene, best)
     assert not in_view(scene, (0, 0, 1, 1))
 
 
+def test_boxes_lie_on_a_grid_within_the_scene():
+    scene = Scene((Placed(Drawing("noto", "1f550"), 960, 504, 42),), 0, 1008)  # middle at 0.973, 0.521
+    assert box_around(scene.objects[0], scene) == [0.85, 0.45, 1.0, 0.6]  # three steps of 0.05, not beyond the edge
+    large = Scene((Placed(Drawing("noto", "1f550"), 60, 372, 276),), 0, 1008)  # 1.2 of its side are 6.57 steps
+    assert box_around(large.objects[0], large) == [0.0, 0.35, 0.35, 0.7]
+
+
 def test_places_and_names_in_scenes(source):
-    rng, questions = random.Random(0), {}
-    for example in source._makers["overview"].make(40, 2):
-        scene = example.candidates[0].image
-        boxes = {json.dumps([round(value / scene.side, 2) for value in thing.box]): thing for thing in scene.objects}
-        asked = list(locations(scene, source.concepts, rng, whole=True, reduced=True))
-        boxes_asked = [text for pair in asked for text in pair[:2] for text in re.findall(r"\[.*?\]", text)]
-        assert len(set(boxes_asked)) == len(boxes_asked) == QUESTIONS  # nothing can be copied
-        for question, answer, weight in asked:
-            kind = question.split()[0]
-            questions[kind] = questions.get(kind, 0) + 1
-            assert (weight == PLACE_WEIGHT) == (kind == "Where")
-            if kind == "Where":
-                name, where = question[9:-1], answer
-                continue
-            box, name = (answer, name) if kind == "In" else (question[11:-1], answer)
-            if kind == "In":
-                assert place_name(scene, scene.objects.index(boxes[box])) == where
-            concept = source.concepts[boxes[box].drawing.code]
-            assert name == "a clock" if concept.base == "clock" else concept.noun in name
-    assert questions["Where"] == questions["In"] and min(questions["Where"], questions["What"]) > 20
+    rng, asked = random.Random(0), collections.Counter()
+    for example in source._makers["overview"].make(60, 2):
+        scene = thinned(example.candidates[0].image, rng.choice((1, 2, 4, None)), rng)
+        target = scene.objects[scene.target]
+        concept = source.concepts[target.drawing.code]
+        question, *follow_up = ask(scene, source.concepts, rng, reduced=True)
+        kind = question[0].split()[0]
+        asked[kind] += 1
+        name = question[0][9:-1] if kind == "Where" else question[1]
+        box = follow_up[0][1] if kind == "Where" else question[0][11:-1]
+        assert json.loads(box) == box_around(target, scene)
+        assert name == "a clock" if concept.base == "clock" else concept.noun in name
+        assert len(follow_up) == (kind == "Where") and (question[2] == PLACE_WEIGHT) == (kind == "Where")
+        if kind == "Where":
+            assert question[1] == place_name(scene, scene.target)
+    assert min(asked.values()) > 15 and len(asked) == 2
+
+
+def test_a_thinned_scene_keeps_its_layout(source):
+    rng = random.Random(1)
+    (example,) = source._makers["detail"].make(1, 2)
+    whole = example.candidates[0].image
+    assert set(thinned(whole, None, rng).objects) == set(whole.objects)
+    few = [thinned(whole, 2, rng) for _ in range(60)]
+    assert all(len(set(scene.objects)) == 2 and set(scene.objects) < set(whole.objects) for scene in few)
+    about = sum(scene.objects[scene.target] == whole.objects[whole.target] for scene in few)
+    assert 20 < about < 50  # half of them, and by chance
+
+
+def test_a_question_comes_before_its_picture(source):
+    """The parts of a picture that is read can be compared with what was asked before."""
+    rng, start = random.Random(2), source.rows.encode("<|vision_start|>")[0]
+    for _ in range(40):
+        ids = source.locate_row(rng).ids.tolist()
+        where = source.rows.tokenizer.decode(ids[: ids.index(start)], skip_special_tokens=False)
+        assert re.search(r"(Where is .*|What is (at|in) .*|Query: .*)", where)
+
+
+def test_pointing_at_what_a_query_asks_for(source):
+    rng, pointed = random.Random(3), set()
+    for task in ("overview", "detail"):
+        for example in source._makers[task].make(30, 3):
+            case = source.cases.plain(example)
+            (question, place, weight), (_, box, _) = point_out(case, rng)
+            number = int(question[15:-1])
+            scene = case.candidates[number - 1].scene
+            assert (place, weight) == (place_name(scene, scene.target), PLACE_WEIGHT)
+            assert json.loads(box) == box_around(scene.objects[scene.target], scene)
+            assert task == "detail" or number - 1 == case.order[0]  # the others may not show it there, or at all
+            pointed.add(number)
+    assert pointed == {1, 2, 3, 4, 5}
+
+
+def test_crops_are_read_and_what_follows_is_concluded(source):
+    rng = random.Random(4)
+    for example in source._makers["detail"].make(30, 4):
+        case = source.cases.plain(example)
+        row = source.read_row(case, rng)
+        text = source.rows.tokenizer.decode(row.ids.tolist(), skip_special_tokens=False)
+        best = case.order[0] + 1
+        verdicts = dict(re.findall(r"assistant\n(\d) shows [^\n]*: (yes|no)<", text))
+        assert verdicts == {number: "yes" if int(number) == best else "no" for number in verdicts}
+        (order,) = re.findall(r"<answer>\[(.*?)\]</answer><", text)
+        first = int(order.split(", ")[0])
+        assert first == best if str(best) in verdicts else str(first) not in verdicts or len(verdicts) == 5
+        assert len(row.pictures) == 5 + len(verdicts)
 
 
 def test_a_close_up_is_what_a_crop_shows(source, table):
@@ -409,7 +465,7 @@ def test_a_close_up_is_what_a_crop_shows(source, table):
     case = source.cases.plain(example)
     close = close_up(case, random.Random(1))
     for side in close.candidates:
-        assert max(side.view.size) < 200 and len(side.view.layers) <= 3
+        assert max(side.view.size) < 273 and len(side.view.layers) <= 3
         picture = np.asarray(_pixels(table, side.view.within(PRESET.inspect_pixels)))
         assert (picture < 200).mean() > 0.02  # the clock is in it
 
@@ -480,7 +536,7 @@ def test_a_scene_is_what_the_tools_render_of_it(source, table, ref):
     for drawing, left, top, side in objects:
         stored = Image.fromarray(table[source.cases.row(*drawing)].numpy())
         canvas.paste(stored.resize((side, side), Image.Resampling.BICUBIC), (left, top))
-    view = source.cases._view_of(Scene(objects, 0, 1008))
+    view = source.cases.view_of(Scene(objects, 0, 1008))
     found, expected = (np.asarray(picture, int) for picture in (_pixels(table, view.shown(ref)), ref.render(canvas)))
     # The scene is resized twice on its way and the layers once, so that edges differ a little.
     difference = np.abs(found - expected)

@@ -196,13 +196,13 @@ class CaseMaker:
         def side(entry: Entry) -> Side:
             concept = None if entry.code is None else self.concepts[entry.code]
             if isinstance(entry.image, Scene):
-                return Side(entry.text, self._view_of(entry.image), concept, entry.image)
+                return Side(entry.text, self.view_of(entry.image), concept, entry.image)
             return Side(entry.text, None if entry.image is None else look(entry.image), concept)
 
         candidates = [side(entry) for entry in example.candidates]
         return Case(side(example.query), candidates, list(example.relevance), example.task, example.kind)
 
-    def _view_of(self, scene: Scene) -> View:
+    def view_of(self, scene: Scene) -> View:
         """Each drawing as a layer of which the scene shows all, and much white around it."""
         layers = []
         for drawing, left, top, side in scene.objects:

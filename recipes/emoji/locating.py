@@ -5,30 +5,47 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Iterator
 
 from cases import Case, Side
 from concepts import Concept
 from examples import Placed, Scene
 from preset import PRESET
 from scenes import family, place_name, thing_phrase, value_phrase
-from searching import aim_box
+from searching import aim_box, box_around
 
 
-QUESTIONS = 4
-"""Questions about one scene."""
+PICTURES_A_ROW = 4
+"""Scenes of a row, each with a question of its own."""
+NUM_THINGS = {1: 0.2, 2: 0.2, 4: 0.2, None: 0.4}
+"""How many things are left in a scene that is asked about, and how often; none for all of them. Where a thing is was
+not learned from full scenes in a million questions: to find it and to say where it is are of no use alone. With one
+thing, only the second is to be learned; with two, the first pays in every other question."""
+ABOUT_TARGET = 0.5
+"""Share of the questions that are about the target, such as the clock, if not by chance."""
+WHERE = 0.65
+"""Share of the questions that ask where a thing is, and not what is at a place."""
 PLACE_WEIGHT = 2.5
-"""Weight of a place that is asked for. To find a thing and say where it is is learned from places before it is learned
-from numbers: asked for boxes only, the model named one box for everything after a million of them."""
-ABOUT_TARGET = 0.8
-"""Share of the scenes whose target the draw left out that are asked about it all the same."""
+"""Weight of a place in words. It comes before the box: nine places are learned sooner than hundreds of boxes."""
+
+Exchange = tuple[str, str, float]
+"""A question, its answer, and the weight of the answer's loss."""
 
 
-def locations(
-    scene: Scene, concepts: dict[str, Concept], rng: random.Random, whole: bool, reduced: bool
-) -> Iterator[tuple[str, str, float]]:
+def thinned(scene: Scene, count: int | None, rng: random.Random) -> Scene:
+    """The scene with another target, maybe, and so many things in all; without `count`, with all of them."""
+    things = range(len(scene.objects))
+    target = scene.target if rng.random() < ABOUT_TARGET else rng.choice(things)
+    others = [number for number in things if number != target]
+    kept = sorted([target, *(others if count is None else rng.sample(others, count - 1))])
+    return Scene(tuple(scene.objects[number] for number in kept), kept.index(target), scene.side)
+
+
+def ask(scene: Scene, concepts: dict[str, Concept], rng: random.Random, reduced: bool) -> list[Exchange]:
     """
-    Questions about a scene, with their answers and the weights of these.
+    A question about the target of a scene, and one that goes on from it.
+
+    The first is to be asked *before* the scene is shown, as a query is: then each part of the picture can be compared
+    with it when it is read. Asked afterwards, what was read without it is all there is.
 
     Args:
         scene (`Scene`):
@@ -37,28 +54,38 @@ def locations(
             What it is.
         rng (`random.Random`):
             Source of chance.
-        whole (`bool`):
-            Whether the whole scene is seen; of a crop only the target is asked for.
         reduced (`bool`):
             Whether small things are too small to read.
     """
-    target = scene.objects[scene.target]
-    if not whole:
-        yield "What is in the middle?", value_phrase(concepts[target.drawing.code]), 1.0
-        return
-    # Each thing once: who is asked again, or the other way round, need not look but can copy.
-    numbers = rng.sample(range(len(scene.objects)), QUESTIONS)
-    if scene.target not in numbers and rng.random() < ABOUT_TARGET:
-        numbers[rng.randrange(QUESTIONS)] = scene.target
-    for number in numbers:
-        thing = scene.objects[number]
-        name, box = _name(thing, concepts, reduced), _box(thing, scene)
-        unique = sum(_name(other, concepts, reduced) == name for other in scene.objects) == 1
-        if unique and rng.random() < 0.6:
-            yield f"Where is {name}?", place_name(scene, number), PLACE_WEIGHT
-            yield "In which box?", box, 1.0
-        else:
-            yield f"What is at {box}?", name, 1.0
+    name = _name(scene.objects[scene.target], concepts, reduced)
+    unique = sum(_name(other, concepts, reduced) == name for other in scene.objects) == 1
+    if unique and rng.random() < WHERE:
+        return [(f"Where is {name}?", place_name(scene, scene.target), PLACE_WEIGHT), ask_box(scene)]
+    return [(f"What is at {_written(scene)}?", name, 1.0)]
+
+
+def ask_box(scene: Scene) -> Exchange:
+    """In which box the target is, whose place is known."""
+    return "In which box?", _written(scene), 1.0
+
+
+def _written(scene: Scene) -> str:
+    """The target's box as a call would write it."""
+    return json.dumps(box_around(scene.objects[scene.target], scene))
+
+
+def point_out(case: Case, rng: random.Random) -> list[Exchange]:
+    """Where what a query asks for is in one of its candidates, which are scenes."""
+    number = case.order[0] + 1
+    if case.kind.startswith("detail"):  # all look alike from afar
+        number = rng.randint(1, len(case.candidates))
+    scene = case.sides[number].scene
+    return [(f"Where is it in {number}?", place_name(scene, scene.target), PLACE_WEIGHT), ask_box(scene)]
+
+
+def ask_middle(scene: Scene, concepts: dict[str, Concept]) -> Exchange:
+    """What a crop of the target shows."""
+    return "What is in the middle?", value_phrase(concepts[scene.objects[scene.target].drawing.code]), 1.0
 
 
 def close_up(case: Case, rng: random.Random) -> Case:
@@ -77,8 +104,3 @@ def _name(thing: Placed, concepts: dict[str, Concept], reduced: bool) -> str:
     concept = concepts[thing.drawing.code]
     kind = family(concept) if reduced else None
     return f"a {kind}" if kind else thing_phrase(concept)
-
-
-def _box(thing: Placed, scene: Scene) -> str:
-    """As a call would write it."""
-    return json.dumps([round(value / scene.side, 2) for value in thing.box])

@@ -225,7 +225,10 @@ class RowMaker:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self._digits = {tokenizer.token_to_id(digit) for digit in "0123456789"}
+        self._decisive = {tokenizer.token_to_id(digit) for digit in "0123456789"}
+        verdicts = [tokenizer.encode(verdict) for verdict in (" yes", " no")]
+        # A tokenizer of few merges spells them; then what they begin with is a space, which decides nothing.
+        self._decisive |= {verdict.ids[0] for verdict in verdicts if verdict.tokens[0] != "Ġ"}
         marks = ("<tool_call>", "<", "[", ",")
         self._call, self._tag, self._bracket, self._comma = map(tokenizer.token_to_id, marks)
         self._special = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS + VISIBLE_TOKENS}
@@ -261,8 +264,8 @@ class RowMaker:
             close (`bool`, *optional*, defaults to `True`):
                 Whether the conversation is over; `False` leaves it where the model begins to write.
             choice_weight (`float`, *optional*, defaults to 1.0):
-                Weight of the tokens that decide: the numbers of a thought and the first number of an answer. They are
-                few among many that are easy.
+                Weight of the tokens that decide: the numbers and verdicts of a thought and the first number of an
+                answer. They are few among many that are easy.
 
         Raises:
             `ValueError`: where image blocks and pictures differ in number.
@@ -289,7 +292,7 @@ class RowMaker:
         return self._expand(np.array(ids, np.int32), np.array(weights, np.float32), list(pictures))
 
     def _weigh(self, ids: list[int], choice_weight: float) -> list[float]:
-        """Full weight for the numbers up to a call or up to the second number of a list; captions decide nothing."""
+        """Full weight for what decides up to a call or up to the second number of a list; captions decide nothing."""
         weights = [1.0] * len(ids)
         if ids[0] != self._tag:
             return weights
@@ -298,7 +301,7 @@ class RowMaker:
             if token == self._call or (listed and token == self._comma):
                 break
             listed |= token == self._bracket
-            if token in self._digits:
+            if token in self._decisive:
                 weights[place] = choice_weight
         return weights
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import random
 
-from examples import Scene
+from cases import Case
+from examples import Placed, Scene
 from record import Record
 from scenes import family, place_phrase, thing_phrase, value_phrase
 
@@ -18,8 +19,11 @@ MISSED = 0.12
 NEEDLESS_SELECT, NEEDLESS_CALL = 0.08, 0.3
 """Shares of searches that begin with a look at whole scenes, which shows too little, and of scenes that need no closer
 look and get one."""
-BOX_SIDES = (0.07, 0.12)
+BOX_SIDES = (0.1, 0.2)
 """Least and most side of a crop's box, as a share of the scene; a large target gets a little more than itself."""
+GRID = 20
+"""Boxes are written on a grid of so many steps a scene: 0.05 is about what a place is known to from an overview, and
+few numbers are quicker to learn."""
 AIM_ERROR = 0.012
 """Standard deviation of the middle of a box, as a share of the scene."""
 SEEN = 0.85
@@ -65,10 +69,8 @@ class _Search:
             if not self._read(number, f"{thought}; look at {number}."):
                 break
             read.append(number)
-            thought = f"{number} shows {value_phrase(self.case.candidates[number - 1].concept)}"
-            if number == best:
-                thought += ", as asked"
-        order = _conclude(best, read, count)
+            thought = finding(self.case, number)
+        order = conclude(best, read, count)
         first = order[0] + 1
         if first in read:
             ending = "." if first == read[-1] else f"; {first} is right."
@@ -94,21 +96,31 @@ def _glance(record: Record, rng: random.Random, use_tools: bool) -> None:
     best = case.order[0] + 1
     side = case.sides[best]
     thing = thing_phrase(side.concept)
-    finding = record.brief(f"{best} has {thing} {place_phrase(side.scene, side.scene.target)}", f"{best} has {thing}")
+    glance = record.brief(f"{best} has {thing} {place_phrase(side.scene, side.scene.target)}", f"{best} has {thing}")
     if use_tools and rng.random() < NEEDLESS_CALL:
         box = aim_box(side.scene, rng)
         arguments = {"bbox_2d": box, "target_image": best}
-        record.call(record.brief(f"{finding}; check it.", "check."), "crop_image", arguments)
-        finding = f"{best} has {thing}"
-    record.answer(f"{finding}.", case.order)
+        record.call(record.brief(f"{glance}; check it.", "check."), "crop_image", arguments)
+        glance = f"{best} has {thing}"
+    record.answer(f"{glance}.", case.order)
+
+
+def finding(case: Case, number: int) -> str:
+    """What a candidate's detail shows and whether it is what is asked for, such as `"2 shows three-thirty: no"`."""
+    verdict = "yes" if number - 1 == case.order[0] else "no"
+    return f"{number} shows {value_phrase(case.candidates[number - 1].concept)}: {verdict}"
 
 
 def aim_box(scene: Scene, rng: random.Random) -> list[float]:
     """A box around the target, a little off, as shares of the scene with two decimals."""
-    left, top, right, bottom = scene.objects[scene.target].box
-    side = max(rng.uniform(*BOX_SIDES), 1.2 * (right - left) / scene.side)
-    x, y = ((low + high) / 2 / scene.side + rng.gauss(0, AIM_ERROR) for low, high in ((left, right), (top, bottom)))
-    return _box(x, y, side)
+    target = scene.objects[scene.target]
+    x, y = (middle + rng.gauss(0, AIM_ERROR) for middle in _middle(target, scene))
+    return _box(x, y, max(rng.uniform(*BOX_SIDES), _room(target, scene)))
+
+
+def box_around(thing: Placed, scene: Scene) -> list[float]:
+    """The box that shows a thing best."""
+    return _box(*_middle(thing, scene), max(sum(BOX_SIDES) / 2, _room(thing, scene)))
 
 
 def miss_box(rng: random.Random) -> list[float]:
@@ -123,12 +135,22 @@ def in_view(scene: Scene, seen: tuple[int, int, int, int]) -> bool:
     return all(stop - start >= SEEN * target.side for start, stop in spans)
 
 
+def _middle(thing: Placed, scene: Scene) -> tuple[float, float]:
+    left, top, right, bottom = thing.box
+    return (left + right) / 2 / scene.side, (top + bottom) / 2 / scene.side
+
+
+def _room(thing: Placed, scene: Scene) -> float:
+    return 1.2 * thing.side / scene.side
+
+
 def _box(x: float, y: float, side: float) -> list[float]:
-    left, top = (min(max(middle - side / 2, 0.0), 1.0 - side) for middle in (x, y))
-    return [round(value, 2) for value in (left, top, left + side, top + side)]
+    extent = round(GRID * side)
+    left, top = (min(max(round(GRID * middle - extent / 2), 0), GRID - extent) for middle in (x, y))
+    return [round(step / GRID, 2) for step in (left, top, left + extent, top + extent)]
 
 
-def _conclude(best: int, read: list[int], count: int) -> list[int]:
+def conclude(best: int, read: list[int], count: int) -> list[int]:
     """What was found, what was not looked at, and what was seen to be wrong, 0-based."""
     rest = [number for number in range(1, count + 1) if number not in read]
     found = [best] if best in read else []

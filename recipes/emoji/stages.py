@@ -17,9 +17,10 @@ from art import ARTISTS, Art
 from cases import Case, CaseMaker, Side, disguise, draw_view
 from concepts import Concept, caption, load_concepts
 from examples import Drawing, Example
-from locating import close_up, locations
-from preset import INSPECT_PIXELS, OVERVIEW_PIXELS
+from locating import NUM_THINGS, PICTURES_A_ROW, Exchange, ask, ask_middle, close_up, point_out, thinned
+from preset import INSPECT_PIXELS, OVERVIEW_PIXELS, PRESET
 from rows import NUM_LOOKS, Batch, Row, RowMaker, by_length, collate
+from searching import aim_box, conclude, finding
 from tasks import make_maker, pictures
 from tokenizers import Tokenizer
 from trajectories import Oracle
@@ -56,7 +57,7 @@ COLD_START = 5000
 """Trajectories of the oracle's from which the protocol is learned."""
 REHEARSAL = 0.5
 """Share of SFT's rows that are stage 0's, so that little is forgotten."""
-CAPTION_ROWS, LOCATE_ROWS, MATCH_ROWS = 0.1, 0.18, 0.22
+CAPTION_ROWS, LOCATE_ROWS, MATCH_ROWS = 0.08, 0.26, 0.18
 """Shares of stage 0's rows that are captions of single pictures, places and names in scenes, and verdicts on one
 candidate after another; the others are choices among candidates. A choice teaches too little at first: one number for
 a whole row of pictures."""
@@ -70,8 +71,13 @@ DESCRIBED = 2
 BUDGETS = ((OVERVIEW_PIXELS, 0.82), (INSPECT_PIXELS, 0.12), (56 * 56, 0.06))
 """Pixel budgets of stage 0's pictures, and their shares."""
 LOCATED = {"detail": 0.6, "overview": 0.4}
-LOCATE_BUDGETS = {(OVERVIEW_PIXELS, True): 0.5, (INSPECT_PIXELS, True): 0.2, (INSPECT_PIXELS, False): 0.3}
-"""Kinds of scenes whose things are pointed at and named, and how they are shown: pixels, and whether the whole."""
+LOCATE_BUDGETS = {OVERVIEW_PIXELS: 0.75, INSPECT_PIXELS: 0.25}
+"""Kinds of scenes whose things are pointed at and named, and in how many pixels they are shown."""
+LOCATE_FORMS = {"ask": 0.4, "close": 0.1, "point": 0.22, "read": 0.28}
+"""What these rows are: questions about single scenes; the same about what crops show; a query with its candidates and
+where the thing is in one of these; crops of such candidates, read one by one, and the order that follows."""
+READ_WEIGHT = 2.0
+"""Weight of what is read in a crop, verdict included."""
 ODD_SHAPES, ODD = ((3, 2), (2, 3), (2, 1), (1, 2)), 0.2
 """Shapes of pictures that are not square, and their share."""
 OTHER_COUNTS = 0.4
@@ -180,19 +186,52 @@ class Source:
         return self.rows.row(messages, shown)
 
     def locate_row(self, rng: random.Random) -> Row:
-        """A scene, or what a crop shows of one: where things are, and what is where."""
-        kind, (budget, whole) = _draw(LOCATED, rng), _draw(LOCATE_BUDGETS, rng)
-        (example,) = self._makers[kind].make(1, rng.getrandbits(48))
-        case = self.cases.plain(example)
-        if not whole:
-            case = close_up(case, rng)
-        side = rng.choice(case.candidates)
-        messages = [{"role": "system", "content": "Point and name."}]
-        for question, reply, weight in locations(side.scene, self.concepts, rng, whole, budget == OVERVIEW_PIXELS):
-            messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
-            messages.append({"role": "assistant", "content": reply, "loss": weight})
-        messages[1]["content"].insert(0, {"type": "image"})
-        return self.rows.row(messages, [side.view.within(budget)])
+        """Where things are in scenes, and what is where."""
+        form = _draw(LOCATE_FORMS, rng)
+        maker = self._makers["detail" if form == "read" else _draw(LOCATED, rng)]
+        if form in ("point", "read"):
+            (example,) = maker.make(1, rng.getrandbits(48))
+            return (self.point_row if form == "point" else self.read_row)(self.cases.plain(example), rng)
+        close = form == "close"
+        budget = INSPECT_PIXELS if close else _draw(LOCATE_BUDGETS, rng)
+        messages, shown = [{"role": "system", "content": "Point and name."}], []
+        for example in maker.make(PICTURES_A_ROW, rng.getrandbits(48)):
+            case = self.cases.plain(example)
+            side = rng.choice((close_up(case, rng) if close else case).candidates)
+            scene, view = side.scene, side.view
+            if close:
+                exchanges = [ask_middle(scene, self.concepts)]
+            else:
+                scene = thinned(scene, _draw(NUM_THINGS, rng), rng)
+                view, exchanges = self.cases.view_of(scene), ask(scene, self.concepts, rng, budget == OVERVIEW_PIXELS)
+            start = len(messages)
+            messages += _talk(exchanges)
+            messages[start]["content"].append({"type": "image"})  # after the question
+            shown.append(view.within(budget))
+        return self.rows.row(messages, shown)
+
+    def point_row(self, case: Case, rng: random.Random) -> Row:
+        """A query and its candidates, and where in one of these the thing is that is asked for."""
+        messages = case.messages(tools=rng.random() < 0.5)
+        shown = case.pictures(messages)
+        first, *others = _talk(point_out(case, rng))
+        messages[-1]["content"] += first["content"]
+        return self.rows.row([*messages, *others], shown)
+
+    def read_row(self, case: Case, rng: random.Random) -> Row:
+        """A query about a detail and its candidates, some of them read from crops, and the order that follows."""
+        messages = case.messages(tools=rng.random() < 0.5)
+        shown, tools = case.pictures(messages), case.tools()
+        count = len(case.candidates)
+        read = rng.sample(range(1, count + 1), rng.randint(1, min(count, PRESET.max_calls)))
+        for number in read:
+            seen = tools.crop_image(aim_box(case.sides[number].scene, rng), number)
+            shown.append(case.sides[number].view.shown(seen.refs[0]))
+            messages.append({"role": "user", "content": [{"type": "text", "text": seen.text}, {"type": "image"}]})
+            messages.append({"role": "assistant", "content": finding(case, number), "loss": READ_WEIGHT})
+        messages.append({"role": "user", "content": "Rank them."})
+        messages.append({"role": "assistant", "content": format_answer(conclude(case.order[0] + 1, read, count))})
+        return self.rows.row(messages, shown, choice_weight=STAGE0_CHOICE_WEIGHT)
 
     def choice_row(self, case: Case, rng: random.Random, described: int = DESCRIBED, tools: bool = False) -> Row:
         """A case answered at once, and then what some of its pictures show."""
@@ -370,6 +409,15 @@ def _make(stage: str, number: int, size: int) -> list[Batch]:
 def _blocks(side: Side) -> list[dict[str, str]]:
     picture = [] if side.view is None else [{"type": "image"}]
     return picture if side.text is None else [*picture, {"type": "text", "text": side.text}]
+
+
+def _talk(exchanges: Sequence[Exchange]) -> list[dict[str, Any]]:
+    """Questions and answers as messages."""
+    messages: list[dict[str, Any]] = []
+    for question, reply, weight in exchanges:
+        messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": reply, "loss": weight})
+    return messages
 
 
 def _draw(shares: dict, rng: random.Random):
