@@ -452,7 +452,7 @@ def test_crops_are_read_and_what_follows_is_concluded(source):
         row = source.read_row(case, rng)
         text = source.rows.tokenizer.decode(row.ids.tolist(), skip_special_tokens=False)
         best = case.order[0] + 1
-        verdicts = dict(re.findall(r"assistant\n(\d) shows [^\n]*: (yes|no)<", text))
+        verdicts = dict(re.findall(r"<think>(\d) shows [^\n]*: (yes|no)\.<", text))
         assert verdicts == {number: "yes" if int(number) == best else "no" for number in verdicts}
         (order,) = re.findall(r"<answer>\[(.*?)\]</answer><", text)
         first = int(order.split(", ")[0])

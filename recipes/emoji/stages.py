@@ -29,16 +29,16 @@ from vretrver_hf.protocol import format_answer
 
 
 STAGE0_TASKS = {
-    "t2i": 0.1,
-    "i2i": 0.2,
+    "t2i": 0.08,
+    "i2i": 0.25,
     "i2t": 0.04,
-    "it2i": 0.2,
+    "it2i": 0.23,
     "it2it": 0.05,
     "it2t": 0.08,
     "t2it": 0.04,
     "t2t": 0.04,
-    "overview": 0.18,
-    "detail": 0.07,
+    "overview": 0.13,
+    "detail": 0.06,
 }
 SFT_TASKS = {
     "t2i": 0.14,
@@ -57,7 +57,7 @@ COLD_START = 5000
 """Trajectories of the oracle's from which the protocol is learned."""
 REHEARSAL = 0.5
 """Share of SFT's rows that are stage 0's, so that little is forgotten."""
-CAPTION_ROWS, LOCATE_ROWS, MATCH_ROWS = 0.08, 0.26, 0.18
+CAPTION_ROWS, LOCATE_ROWS, MATCH_ROWS = 0.07, 0.28, 0.18
 """Shares of stage 0's rows that are captions of single pictures, places and names in scenes, and verdicts on one
 candidate after another; the others are choices among candidates. A choice teaches too little at first: one number for
 a whole row of pictures."""
@@ -73,11 +73,11 @@ BUDGETS = ((OVERVIEW_PIXELS, 0.82), (INSPECT_PIXELS, 0.12), (56 * 56, 0.06))
 LOCATED = {"detail": 0.6, "overview": 0.4}
 LOCATE_BUDGETS = {OVERVIEW_PIXELS: 0.75, INSPECT_PIXELS: 0.25}
 """Kinds of scenes whose things are pointed at and named, and in how many pixels they are shown."""
-LOCATE_FORMS = {"ask": 0.4, "close": 0.1, "point": 0.22, "read": 0.28}
+LOCATE_FORMS = {"ask": 0.32, "close": 0.08, "point": 0.2, "read": 0.4}
 """What these rows are: questions about single scenes; the same about what crops show; a query with its candidates and
 where the thing is in one of these; crops of such candidates, read one by one, and the order that follows."""
-READ_WEIGHT = 2.0
-"""Weight of what is read in a crop, verdict included."""
+READ_BEST = 0.5
+"""Share of those whose crops would leave out the right candidate that show it all the same."""
 ODD_SHAPES, ODD = ((3, 2), (2, 3), (2, 1), (1, 2)), 0.2
 """Shapes of pictures that are not square, and their share."""
 OTHER_COUNTS = 0.4
@@ -191,7 +191,8 @@ class Source:
         maker = self._makers["detail" if form == "read" else _draw(LOCATED, rng)]
         if form in ("point", "read"):
             (example,) = maker.make(1, rng.getrandbits(48))
-            return (self.point_row if form == "point" else self.read_row)(self.cases.plain(example), rng)
+            case = dataclasses.replace(self.cases.plain(example), overview_pixels=_draw(dict(BUDGETS), rng))
+            return (self.point_row if form == "point" else self.read_row)(case, rng)
         close = form == "close"
         budget = INSPECT_PIXELS if close else _draw(LOCATE_BUDGETS, rng)
         messages, shown = [{"role": "system", "content": "Point and name."}], []
@@ -222,15 +223,17 @@ class Source:
         """A query about a detail and its candidates, some of them read from crops, and the order that follows."""
         messages = case.messages(tools=rng.random() < 0.5)
         shown, tools = case.pictures(messages), case.tools()
-        count = len(case.candidates)
+        best, count = case.order[0] + 1, len(case.candidates)
         read = rng.sample(range(1, count + 1), rng.randint(1, min(count, PRESET.max_calls)))
+        if best not in read and rng.random() < READ_BEST:
+            read[rng.randrange(len(read))] = best
         for number in read:
             seen = tools.crop_image(aim_box(case.sides[number].scene, rng), number)
             shown.append(case.sides[number].view.shown(seen.refs[0]))
             messages.append({"role": "user", "content": [{"type": "text", "text": seen.text}, {"type": "image"}]})
-            messages.append({"role": "assistant", "content": finding(case, number), "loss": READ_WEIGHT})
+            messages.append({"role": "assistant", "content": f"<think>{finding(case, number)}.</think>"})
         messages.append({"role": "user", "content": "Rank them."})
-        messages.append({"role": "assistant", "content": format_answer(conclude(case.order[0] + 1, read, count))})
+        messages.append({"role": "assistant", "content": format_answer(conclude(best, read, count))})
         return self.rows.row(messages, shown, choice_weight=STAGE0_CHOICE_WEIGHT)
 
     def choice_row(self, case: Case, rng: random.Random, described: int = DESCRIBED, tools: bool = False) -> Row:
