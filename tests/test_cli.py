@@ -405,8 +405,14 @@ class TestBundledModel:
         assert all(row["status"] == "ok" for row in rows)
 
     def test_is_mostly_right(self, rows):
-        """Guessing is right in 6 or more of 9 with a probability of 0.3 %."""
-        assert sum(row["correct"] for row in rows) >= 6
+        """Guessing is right in 11 or more of 14 with a probability of four in a million."""
+        assert len(rows) == 14
+        assert sum(row["correct"] for row in rows) >= 11
+
+    def test_finds_a_detail_and_crops_it(self, rows):
+        details = [row for row in rows if row["task"] == "text-to-detail"]
+        assert len(details) == 3
+        assert any(row["correct"] and row["calls"] for row in details)
 
     def test_photographs(self, capsys):
         code, out, err = run(capsys, "rank", "--query", "a cat", "--json", *PHOTOGRAPHS)

@@ -110,7 +110,6 @@ def test_differences_are_named(made, tmp_path):
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="the bundled samples and weights are an earlier form's of the recipe")
 def test_the_bundled_attribution_is_current():
     assert (SAMPLES / "ATTRIBUTION.md").read_text(encoding="utf-8") == attribution()
 
@@ -120,7 +119,6 @@ def test_the_bundled_licences_are_current():
         assert path.read_bytes() == (RECIPE / "LICENSES" / path.name).read_bytes()
 
 
-@pytest.mark.xfail(strict=True, reason="the bundled samples and weights are an earlier form's of the recipe")
 def test_the_bundled_samples_are_current(tmp_path):
     if not (REAL_DATA / "art.zip").exists():
         pytest.skip("the real data are not built: run recipes/emoji/build_data.py")
