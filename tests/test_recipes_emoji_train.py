@@ -57,6 +57,7 @@ from vretrver_hf.encoding import Encoder
 from vretrver_hf.images import ImageRef
 from vretrver_hf.parsing import parse_turn
 from vretrver_hf.protocol import format_answer, format_call
+from vretrver_hf.reranker import bundled_model
 
 
 def _trajectories(source: Source, count: int, seed: int = 0):
@@ -196,10 +197,18 @@ def test_choices_weigh_more(processor):
         row = maker.row([{"role": "assistant", "content": content}], [], choice_weight=4.0)
         return processor.tokenizer.decode(row.ids[row.weights == 4.0])
 
-    # The thought's numbers digit by digit and its verdicts, then the answer's first.
+    # The thought's numbers digit by digit, then the answer's first.
     assert heavy("<think>2 and 14 fit.</think>\n" + format_answer([1, 0, 2])) == "2142"
     assert heavy("<think>3?</think>\n" + format_call("select_images", {"target_images": [3]})) == "3"
     assert heavy("the keycap 5") == ""
+
+
+def test_verdicts_weigh_more():
+    maker = RowMaker(AutoProcessor.from_pretrained(bundled_model()).tokenizer.backend_tokenizer)
+    content = "<think>2 shows three-thirty: no; 1 shows 6: yes.</think>\n" + format_answer([0, 1])
+    row = maker.row([{"role": "assistant", "content": content}], [], choice_weight=4.0)
+    heavy = [maker.tokenizer.decode([token]) for token in row.ids[row.weights == 4.0]]
+    assert heavy == ["2", " no", "1", "6", " y", "1"]
 
 
 def test_positions_equal_the_models_own(source, model, processor):
@@ -421,13 +430,15 @@ def test_a_thinned_scene_keeps_its_layout(source):
     assert 20 < about < 50  # half of them, and by chance
 
 
-def test_a_question_comes_before_its_picture(source):
+@pytest.mark.parametrize("form", ["ask_row", "close_row"])
+@pytest.mark.parametrize("kind", ["overview", "detail"])
+def test_a_question_comes_before_its_picture(source, form, kind):
     """The parts of a picture that is read can be compared with what was asked before."""
-    rng, start = random.Random(2), source.rows.encode("<|vision_start|>")[0]
-    for _ in range(40):
-        ids = source.locate_row(rng).ids.tolist()
-        where = source.rows.tokenizer.decode(ids[: ids.index(start)], skip_special_tokens=False)
-        assert re.search(r"(Where is .*|What is (at|in) .*|Query: .*)", where)
+    row = getattr(source, form)(kind, random.Random(2))
+    text = source.rows.tokenizer.decode(row.ids.tolist(), skip_special_tokens=False)
+    before = re.findall(r"<\|im_start\|>user\n([^<]*)<\|vision_start\|>", text)
+    assert len(before) == len(row.pictures) == text.count("<|vision_start|>") == 4
+    assert all(re.match(r"(Where is .*|What is (at \[.*\]|in the middle))\?$", question) for question in before)
 
 
 def test_pointing_at_what_a_query_asks_for(source):
@@ -435,29 +446,44 @@ def test_pointing_at_what_a_query_asks_for(source):
     for task in ("overview", "detail"):
         for example in source._makers[task].make(30, 3):
             case = source.cases.plain(example)
-            (question, place, weight), (_, box, _) = point_out(case, rng)
-            number = int(question[15:-1])
+            (question, *_), *_ = exchanges = point_out(case, rng)
+            number = int(re.search(r"in (\d)\?", question)[1])
             scene = case.candidates[number - 1].scene
-            assert (place, weight) == (place_name(scene, scene.target), PLACE_WEIGHT)
-            assert json.loads(box) == box_around(scene.objects[scene.target], scene)
+            assert json.loads(exchanges[-1][1]) == box_around(scene.objects[scene.target], scene)
+            if case.kind.endswith("/place"):
+                assert len(exchanges) == 1  # a place that the query names could be copied
+            else:
+                assert exchanges[0][1:] == (place_name(scene, scene.target), PLACE_WEIGHT)
             assert task == "detail" or number - 1 == case.order[0]  # the others may not show it there, or at all
             pointed.add(number)
     assert pointed == {1, 2, 3, 4, 5}
 
 
 def test_crops_are_read_and_what_follows_is_concluded(source):
-    rng = random.Random(4)
-    for example in source._makers["detail"].make(30, 4):
+    rng, best_read = random.Random(4), 0
+    for example in source._makers["detail"].make(100, 4):
         case = source.cases.plain(example)
-        row = source.read_row(case, rng)
+        row = source.read_row(case, rng, tools=False)
         text = source.rows.tokenizer.decode(row.ids.tolist(), skip_special_tokens=False)
         best = case.order[0] + 1
         verdicts = dict(re.findall(r"<think>(\d) shows [^\n]*: (yes|no)\.<", text))
         assert verdicts == {number: "yes" if int(number) == best else "no" for number in verdicts}
         (order,) = re.findall(r"<answer>\[(.*?)\]</answer><", text)
-        first = int(order.split(", ")[0])
-        assert first == best if str(best) in verdicts else str(first) not in verdicts or len(verdicts) == 5
+        first = order.split(", ")[0]
+        assert first == str(best) if str(best) in verdicts else first not in verdicts
         assert len(row.pictures) == 5 + len(verdicts)
+        best_read += str(best) in verdicts
+    assert 62 < best_read < 88  # 2.5 of 5 by chance, and half of the others
+
+
+def test_sft_rehearses_without_tools(source, monkeypatch):
+    """Under a prompt with tools SFT shows thoughts and calls only; an answer at once would contradict them."""
+    asked = []
+    monkeypatch.setattr(type(source.rows), "row", lambda self, messages, *args, **kwargs: asked.append(messages))
+    source._stage0_rows(60, random.Random(1), tools=False)
+    assert len(asked) == 60 and not any("<tools>" in str(messages[0]["content"]) for messages in asked)
+    source._stage0_rows(60, random.Random(1))
+    assert any("<tools>" in str(messages[0]["content"]) for messages in asked[60:])
 
 
 def test_a_close_up_is_what_a_crop_shows(source, table):
@@ -593,7 +619,7 @@ def test_padding_changes_nothing(source, model, table):
 
 def test_parts_that_share_the_tower_have_the_same_gradients(source, model, table):
     rng = random.Random(5)
-    rows = [source.caption_row(rng), source.locate_row(rng)]
+    rows = [source.caption_row(rng), source.locate_row(rng, tools=True)]
     rows += [
         source.choice_row(disguise(source.cases.plain(example), 3), rng)
         for example in source._makers["i2i"].make(2, 1)

@@ -21,7 +21,7 @@ NUM_THINGS = {1: 0.2, 2: 0.2, 4: 0.2, None: 0.4}
 not learned from full scenes in a million questions: to find it and to say where it is are of no use alone. With one
 thing, only the second is to be learned; with two, the first pays in every other question."""
 ABOUT_TARGET = 0.5
-"""Share of the questions that are about the target, such as the clock, if not by chance."""
+"""Share of the questions that are about the target, such as the clock; the others are about any thing."""
 WHERE = 0.65
 """Share of the questions that ask where a thing is, and not what is at a place."""
 PLACE_WEIGHT = 2.5
@@ -42,10 +42,10 @@ def thinned(scene: Scene, count: int | None, rng: random.Random) -> Scene:
 
 def ask(scene: Scene, concepts: dict[str, Concept], rng: random.Random, reduced: bool) -> list[Exchange]:
     """
-    A question about the target of a scene, and one that goes on from it.
+    What the target of a scene is, or where it is: first in words, then in which box.
 
-    The first is to be asked *before* the scene is shown, as a query is: then each part of the picture can be compared
-    with it when it is read. Asked afterwards, what was read without it is all there is.
+    The first question is to be asked *before* the scene is shown, as a query is: then each part of the picture can be
+    compared with it when it is read. Asked afterwards, what was read without it is all there is.
 
     Args:
         scene (`Scene`):
@@ -60,18 +60,11 @@ def ask(scene: Scene, concepts: dict[str, Concept], rng: random.Random, reduced:
     name = _name(scene.objects[scene.target], concepts, reduced)
     unique = sum(_name(other, concepts, reduced) == name for other in scene.objects) == 1
     if unique and rng.random() < WHERE:
-        return [(f"Where is {name}?", place_name(scene, scene.target), PLACE_WEIGHT), ask_box(scene)]
-    return [(f"What is at {_written(scene)}?", name, 1.0)]
-
-
-def ask_box(scene: Scene) -> Exchange:
-    """In which box the target is, whose place is known."""
-    return "In which box?", _written(scene), 1.0
-
-
-def _written(scene: Scene) -> str:
-    """The target's box as a call would write it."""
-    return json.dumps(box_around(scene.objects[scene.target], scene))
+        return [
+            (f"Where is {name}?", place_name(scene, scene.target), PLACE_WEIGHT),
+            ("In which box?", _box(scene), 1.0),
+        ]
+    return [(f"What is at {_box(scene)}?", name, 1.0)]
 
 
 def point_out(case: Case, rng: random.Random) -> list[Exchange]:
@@ -80,7 +73,10 @@ def point_out(case: Case, rng: random.Random) -> list[Exchange]:
     if case.kind.startswith("detail"):  # all look alike from afar
         number = rng.randint(1, len(case.candidates))
     scene = case.sides[number].scene
-    return [(f"Where is it in {number}?", place_name(scene, scene.target), PLACE_WEIGHT), ask_box(scene)]
+    if case.kind.endswith("/place"):  # the query says it; a place could be copied
+        return [(f"In which box is it in {number}?", _box(scene), 1.0)]
+    place = place_name(scene, scene.target)
+    return [(f"Where is it in {number}?", place, PLACE_WEIGHT), ("In which box?", _box(scene), 1.0)]
 
 
 def ask_middle(scene: Scene, concepts: dict[str, Concept]) -> Exchange:
@@ -104,3 +100,8 @@ def _name(thing: Placed, concepts: dict[str, Concept], reduced: bool) -> str:
     concept = concepts[thing.drawing.code]
     kind = family(concept) if reduced else None
     return f"a {kind}" if kind else thing_phrase(concept)
+
+
+def _box(scene: Scene) -> str:
+    """The target's box as a call would write it."""
+    return json.dumps(box_around(scene.objects[scene.target], scene))

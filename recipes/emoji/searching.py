@@ -112,7 +112,7 @@ def finding(case: Case, number: int) -> str:
 
 
 def aim_box(scene: Scene, rng: random.Random) -> list[float]:
-    """A box around the target, a little off, as shares of the scene with two decimals."""
+    """A box around the target, a little off, as shares of the scene, on the grid."""
     target = scene.objects[scene.target]
     x, y = (middle + rng.gauss(0, AIM_ERROR) for middle in _middle(target, scene))
     return _box(x, y, max(rng.uniform(*BOX_SIDES), _room(target, scene)))

@@ -19,7 +19,7 @@ from concepts import Concept, caption, load_concepts
 from examples import Drawing, Example
 from locating import NUM_THINGS, PICTURES_A_ROW, Exchange, ask, ask_middle, close_up, point_out, thinned
 from preset import INSPECT_PIXELS, OVERVIEW_PIXELS, PRESET
-from rows import NUM_LOOKS, Batch, Row, RowMaker, by_length, collate
+from rows import NUM_LOOKS, Batch, Picture, Row, RowMaker, by_length, collate
 from searching import aim_box, conclude, finding
 from tasks import make_maker, pictures
 from tokenizers import Tokenizer
@@ -63,16 +63,18 @@ candidate after another; the others are choices among candidates. A choice teach
 a whole row of pictures."""
 MATCH_WEIGHT = 3.0
 CAPTIONS_A_ROW = 4
-TOOLS_OFFERED = 0.12
-"""Share of stage 0's choices whose prompt offers tools, though the answer comes at once: what was learned under one
-prompt only is lost in part under the other."""
+TOOLS_OFFERED, TOOLS_OFFERED_LOCATING = 0.12, 0.5
+"""Shares of stage 0's choices, and of its searches for a place or a detail, whose prompt offers tools though none is
+called: what was learned under one prompt only is lost in part under the other. Not so in SFT, which shows thoughts and
+calls under such a prompt: an answer at once would contradict them."""
 DESCRIBED = 2
 """Pictures of a choice that the model is asked to describe once it has chosen: binds numbers to pictures."""
 BUDGETS = ((OVERVIEW_PIXELS, 0.82), (INSPECT_PIXELS, 0.12), (56 * 56, 0.06))
 """Pixel budgets of stage 0's pictures, and their shares."""
 LOCATED = {"detail": 0.6, "overview": 0.4}
+"""Kinds of scenes whose things are pointed at and named."""
 LOCATE_BUDGETS = {OVERVIEW_PIXELS: 0.75, INSPECT_PIXELS: 0.25}
-"""Kinds of scenes whose things are pointed at and named, and in how many pixels they are shown."""
+"""In how many pixels such scenes are shown, and their shares."""
 LOCATE_FORMS = {"ask": 0.32, "close": 0.08, "point": 0.2, "read": 0.4}
 """What these rows are: questions about single scenes; the same about what crops show; a query with its candidates and
 where the thing is in one of these; crops of such candidates, read one by one, and the order that follows."""
@@ -185,50 +187,62 @@ class Source:
             messages.append({"role": "assistant", "content": caption(self.concepts[code], rng)})
         return self.rows.row(messages, shown)
 
-    def locate_row(self, rng: random.Random) -> Row:
-        """Where things are in scenes, and what is where."""
-        form = _draw(LOCATE_FORMS, rng)
-        maker = self._makers["detail" if form == "read" else _draw(LOCATED, rng)]
-        if form in ("point", "read"):
-            (example,) = maker.make(1, rng.getrandbits(48))
-            case = dataclasses.replace(self.cases.plain(example), overview_pixels=_draw(dict(BUDGETS), rng))
-            return (self.point_row if form == "point" else self.read_row)(case, rng)
-        close = form == "close"
-        budget = INSPECT_PIXELS if close else _draw(LOCATE_BUDGETS, rng)
-        messages, shown = [{"role": "system", "content": "Point and name."}], []
-        for example in maker.make(PICTURES_A_ROW, rng.getrandbits(48)):
-            case = self.cases.plain(example)
-            side = rng.choice((close_up(case, rng) if close else case).candidates)
-            scene, view = side.scene, side.view
-            if close:
-                exchanges = [ask_middle(scene, self.concepts)]
-            else:
-                scene = thinned(scene, _draw(NUM_THINGS, rng), rng)
-                view, exchanges = self.cases.view_of(scene), ask(scene, self.concepts, rng, budget == OVERVIEW_PIXELS)
-            start = len(messages)
-            messages += _talk(exchanges)
-            messages[start]["content"].append({"type": "image"})  # after the question
-            shown.append(view.within(budget))
+    def locate_row(self, rng: random.Random, tools: bool = False) -> Row:
+        """Where things are in scenes and what is where, in one of `LOCATE_FORMS`; some under a prompt with `tools`."""
+        form, kind = _draw(LOCATE_FORMS, rng), _draw(LOCATED, rng)
+        if form in ("ask", "close"):
+            return self.ask_row(kind, rng) if form == "ask" else self.close_row(kind, rng)
+        (example,) = self._makers["detail" if form == "read" else kind].make(1, rng.getrandbits(48))
+        case = dataclasses.replace(self.cases.plain(example), overview_pixels=_draw(dict(BUDGETS), rng))
+        offered = tools and rng.random() < TOOLS_OFFERED_LOCATING
+        return self.point_row(case, rng, offered) if form == "point" else self.read_row(case, rng, offered)
+
+    def ask_row(self, kind: str, rng: random.Random) -> Row:
+        """Scenes of a kind, each with a question about a thing in it."""
+        budget, talks, shown = _draw(LOCATE_BUDGETS, rng), [], []
+        reduced = kind == "detail" or budget == OVERVIEW_PIXELS
+        for example in self._makers[kind].make(PICTURES_A_ROW, rng.getrandbits(48)):
+            scene = thinned(rng.choice(example.candidates).image, _draw(NUM_THINGS, rng), rng)
+            talks.append(ask(scene, self.concepts, rng, reduced))
+            shown.append(self.cases.view_of(scene).within(budget))
+        return self._picture_talk(talks, shown)
+
+    def close_row(self, kind: str, rng: random.Random) -> Row:
+        """What crops of scenes of a kind show."""
+        talks, shown = [], []
+        for example in self._makers[kind].make(PICTURES_A_ROW, rng.getrandbits(48)):
+            side = rng.choice(close_up(self.cases.plain(example), rng).candidates)
+            talks.append([ask_middle(side.scene, self.concepts)])
+            shown.append(side.view.within(INSPECT_PIXELS))
+        return self._picture_talk(talks, shown)
+
+    def _picture_talk(self, talks: Sequence[Sequence[Exchange]], shown: Sequence[Picture]) -> Row:
+        """Talks about one picture each, which follows their first question."""
+        messages = [{"role": "system", "content": "Point and name."}]
+        for exchanges in talks:
+            first, *others = _talk(exchanges)
+            first["content"].append({"type": "image"})
+            messages += [first, *others]
         return self.rows.row(messages, shown)
 
-    def point_row(self, case: Case, rng: random.Random) -> Row:
+    def point_row(self, case: Case, rng: random.Random, tools: bool) -> Row:
         """A query and its candidates, and where in one of these the thing is that is asked for."""
-        messages = case.messages(tools=rng.random() < 0.5)
+        messages = case.messages(tools=tools)
         shown = case.pictures(messages)
         first, *others = _talk(point_out(case, rng))
         messages[-1]["content"] += first["content"]
         return self.rows.row([*messages, *others], shown)
 
-    def read_row(self, case: Case, rng: random.Random) -> Row:
+    def read_row(self, case: Case, rng: random.Random, tools: bool) -> Row:
         """A query about a detail and its candidates, some of them read from crops, and the order that follows."""
-        messages = case.messages(tools=rng.random() < 0.5)
-        shown, tools = case.pictures(messages), case.tools()
+        messages = case.messages(tools=tools)
+        shown, visual = case.pictures(messages), case.tools()
         best, count = case.order[0] + 1, len(case.candidates)
         read = rng.sample(range(1, count + 1), rng.randint(1, min(count, PRESET.max_calls)))
         if best not in read and rng.random() < READ_BEST:
             read[rng.randrange(len(read))] = best
         for number in read:
-            seen = tools.crop_image(aim_box(case.sides[number].scene, rng), number)
+            seen = visual.crop_image(aim_box(case.sides[number].scene, rng), number)
             shown.append(case.sides[number].view.shown(seen.refs[0]))
             messages.append({"role": "user", "content": [{"type": "text", "text": seen.text}, {"type": "image"}]})
             messages.append({"role": "assistant", "content": f"<think>{finding(case, number)}.</think>"})
@@ -272,12 +286,10 @@ class Source:
         examples = make_maker(self.art, self.concepts, task, split).make(count, seed)
         return [self.cases.plain(example) for example in examples]
 
-    def _stage0_rows(
-        self, size: int, rng: random.Random, first: bool = False, tools_offered: float = TOOLS_OFFERED
-    ) -> list[Row]:
+    def _stage0_rows(self, size: int, rng: random.Random, first: bool = False, tools: bool = True) -> list[Row]:
         captions, locations = round(size * CAPTION_ROWS), round(size * LOCATE_ROWS)
         rows = [self.caption_row(rng) for _ in range(captions)]
-        rows += [self.locate_row(rng) for _ in range(locations)]
+        rows += [self.locate_row(rng, tools) for _ in range(locations)]
         # The tower takes pictures size by size, so a batch has one odd shape at most, and that in one size only.
         odd = rng.choice(ODD_SHAPES)
         match_share = MATCH_ROWS / (1 - CAPTION_ROWS - LOCATE_ROWS)
@@ -293,15 +305,14 @@ class Source:
             if rng.random() < match_share:
                 rows.append(self.match_row(case))
             else:
-                rows.append(self.choice_row(case, rng, tools=rng.random() < tools_offered))
+                rows.append(self.choice_row(case, rng, tools=tools and rng.random() < TOOLS_OFFERED))
         return rows
 
     def _sft_rows(self, size: int, rng: random.Random, number: int) -> list[Row]:
         rehearsed = round(size * REHEARSAL)
         first = number * (size - rehearsed)
         rows = [self.cold_start(place) for place in self._shuffled(first, first + size - rehearsed)]
-        # Under a prompt with tools, SFT shows thoughts only: an answer at once would contradict it.
-        return rows + self._stage0_rows(rehearsed, rng, tools_offered=0.0)
+        return rows + self._stage0_rows(rehearsed, rng, tools=False)
 
     def _shuffled(self, start: int, stop: int) -> list[int]:
         """A part of an endless series in which every trajectory comes once an epoch."""
