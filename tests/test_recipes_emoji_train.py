@@ -463,7 +463,7 @@ def test_crops_are_read_and_what_follows_is_concluded(source):
     rng, best_read = random.Random(4), 0
     for example in source._makers["detail"].make(100, 4):
         case = source.cases.plain(example)
-        row = source.read_row(case, rng, tools=False)
+        row = source.read_row(case, rng, "no tools")
         text = source.rows.tokenizer.decode(row.ids.tolist(), skip_special_tokens=False)
         best = case.order[0] + 1
         verdicts = dict(re.findall(r"<think>(\d) shows [^\n]*: (yes|no)\.<", text))
@@ -476,14 +476,23 @@ def test_crops_are_read_and_what_follows_is_concluded(source):
     assert 62 < best_read < 88  # 2.5 of 5 by chance, and half of the others
 
 
-def test_sft_rehearses_without_tools(source, monkeypatch):
-    """Under a prompt with tools SFT shows thoughts and calls only; an answer at once would contradict them."""
+def test_sft_rehearses_under_a_prompt_of_its_own(source, monkeypatch):
+    """Under the protocol's prompts SFT shows thoughts and calls only; an answer at once would contradict them."""
     asked = []
     monkeypatch.setattr(type(source.rows), "row", lambda self, messages, *args, **kwargs: asked.append(messages))
-    source._stage0_rows(60, random.Random(1), tools=False)
-    assert len(asked) == 60 and not any("<tools>" in str(messages[0]["content"]) for messages in asked)
-    source._stage0_rows(60, random.Random(1))
-    assert any("<tools>" in str(messages[0]["content"]) for messages in asked[60:])
+
+    def systems() -> set[str]:
+        """The system prompts under which candidates are ranked, of which the first words tell."""
+        ranked = [messages for messages in asked if "Rank all" in str(messages[1]["content"])]
+        return {
+            re.search(r"Answer at once|for a query\. Tools|for a query", str(messages[0]))[0] for messages in ranked
+        }
+
+    source._stage0_rows(80, random.Random(1), rehearsed=True)
+    assert systems() == {"Answer at once"}
+    asked.clear()
+    source._stage0_rows(80, random.Random(1))
+    assert systems() == {"Answer at once", "for a query. Tools", "for a query"}
 
 
 def test_a_close_up_is_what_a_crop_shows(source, table):
@@ -619,7 +628,7 @@ def test_padding_changes_nothing(source, model, table):
 
 def test_parts_that_share_the_tower_have_the_same_gradients(source, model, table):
     rng = random.Random(5)
-    rows = [source.caption_row(rng), source.locate_row(rng, tools=True)]
+    rows = [source.caption_row(rng), source.locate_row(rng)]
     rows += [
         source.choice_row(disguise(source.cases.plain(example), 3), rng)
         for example in source._makers["i2i"].make(2, 1)

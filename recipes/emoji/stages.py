@@ -63,10 +63,14 @@ candidate after another; the others are choices among candidates. A choice teach
 a whole row of pictures."""
 MATCH_WEIGHT = 3.0
 CAPTIONS_A_ROW = 4
-TOOLS_OFFERED, TOOLS_OFFERED_LOCATING = 0.12, 0.5
-"""Shares of stage 0's choices, and of its searches for a place or a detail, whose prompt offers tools though none is
-called: what was learned under one prompt only is lost in part under the other. Not so in SFT, which shows thoughts and
-calls under such a prompt: an answer at once would contradict them."""
+TOOLS, NO_TOOLS, AT_ONCE = "tools", "no tools", "at once"
+CHOICE_PROMPTS = {TOOLS: 0.12, NO_TOOLS: 0.44, AT_ONCE: 0.44}
+SEARCH_PROMPTS = {TOOLS: 0.5, NO_TOOLS: 0.25, AT_ONCE: 0.25}
+"""Prompts of stage 0's choices, and of its searches for a place or a detail, and their shares. All of these are
+answered without a thought or a call, also under the protocol's prompts: what was learned under one prompt only is lost
+in part under another. SFT rehearses under the last one alone, since it shows what the protocol asks for under the
+others: when it did not, the model went on answering without a thought wherever no tools were offered."""
+_AT_ONCE = {"role": "system", "content": [{"type": "text", "text": "Answer at once."}]}
 DESCRIBED = 2
 """Pictures of a choice that the model is asked to describe once it has chosen: binds numbers to pictures."""
 BUDGETS = ((OVERVIEW_PIXELS, 0.82), (INSPECT_PIXELS, 0.12), (56 * 56, 0.06))
@@ -187,15 +191,15 @@ class Source:
             messages.append({"role": "assistant", "content": caption(self.concepts[code], rng)})
         return self.rows.row(messages, shown)
 
-    def locate_row(self, rng: random.Random, tools: bool = False) -> Row:
-        """Where things are in scenes and what is where, in one of `LOCATE_FORMS`; some under a prompt with `tools`."""
+    def locate_row(self, rng: random.Random, rehearsed: bool = False) -> Row:
+        """Where things are in scenes and what is where, in one of `LOCATE_FORMS`."""
         form, kind = _draw(LOCATE_FORMS, rng), _draw(LOCATED, rng)
         if form in ("ask", "close"):
             return self.ask_row(kind, rng) if form == "ask" else self.close_row(kind, rng)
         (example,) = self._makers["detail" if form == "read" else kind].make(1, rng.getrandbits(48))
         case = dataclasses.replace(self.cases.plain(example), overview_pixels=_draw(dict(BUDGETS), rng))
-        offered = tools and rng.random() < TOOLS_OFFERED_LOCATING
-        return self.point_row(case, rng, offered) if form == "point" else self.read_row(case, rng, offered)
+        prompt = AT_ONCE if rehearsed else _draw(SEARCH_PROMPTS, rng)
+        return self.point_row(case, rng, prompt) if form == "point" else self.read_row(case, rng, prompt)
 
     def ask_row(self, kind: str, rng: random.Random) -> Row:
         """Scenes of a kind, each with a question about a thing in it."""
@@ -225,24 +229,24 @@ class Source:
             messages += [first, *others]
         return self.rows.row(messages, shown)
 
-    def point_row(self, case: Case, rng: random.Random, tools: bool) -> Row:
+    def point_row(self, case: Case, rng: random.Random, prompt: str) -> Row:
         """A query and its candidates, and where in one of these the thing is that is asked for."""
-        messages = case.messages(tools=tools)
+        messages = _opening(case, prompt)
         shown = case.pictures(messages)
         first, *others = _talk(point_out(case, rng))
         messages[-1]["content"] += first["content"]
         return self.rows.row([*messages, *others], shown)
 
-    def read_row(self, case: Case, rng: random.Random, tools: bool) -> Row:
+    def read_row(self, case: Case, rng: random.Random, prompt: str) -> Row:
         """A query about a detail and its candidates, some of them read from crops, and the order that follows."""
-        messages = case.messages(tools=tools)
-        shown, visual = case.pictures(messages), case.tools()
+        messages = _opening(case, prompt)
+        shown, tools = case.pictures(messages), case.tools()
         best, count = case.order[0] + 1, len(case.candidates)
         read = rng.sample(range(1, count + 1), rng.randint(1, min(count, PRESET.max_calls)))
         if best not in read and rng.random() < READ_BEST:
             read[rng.randrange(len(read))] = best
         for number in read:
-            seen = visual.crop_image(aim_box(case.sides[number].scene, rng), number)
+            seen = tools.crop_image(aim_box(case.sides[number].scene, rng), number)
             shown.append(case.sides[number].view.shown(seen.refs[0]))
             messages.append({"role": "user", "content": [{"type": "text", "text": seen.text}, {"type": "image"}]})
             messages.append({"role": "assistant", "content": f"<think>{finding(case, number)}.</think>"})
@@ -250,13 +254,13 @@ class Source:
         messages.append({"role": "assistant", "content": format_answer(conclude(best, read, count))})
         return self.rows.row(messages, shown, choice_weight=STAGE0_CHOICE_WEIGHT)
 
-    def choice_row(self, case: Case, rng: random.Random, described: int = DESCRIBED, tools: bool = False) -> Row:
+    def choice_row(self, case: Case, rng: random.Random, prompt: str = NO_TOOLS) -> Row:
         """A case answered at once, and then what some of its pictures show."""
-        messages = case.messages(tools=tools)
+        messages = _opening(case, prompt)
         shown = case.pictures(messages)
         messages.append({"role": "assistant", "content": format_answer(case.order)})
         numbers = [number for number, side in enumerate(case.sides) if side.view is not None and side.concept]
-        for number in rng.sample(numbers, min(described, len(numbers))):
+        for number in rng.sample(numbers, min(DESCRIBED, len(numbers))):
             messages.append({"role": "user", "content": f"Describe image {number}."})
             messages.append({"role": "assistant", "content": caption(case.sides[number].concept, rng)})
         return self.rows.row(messages, shown, choice_weight=STAGE0_CHOICE_WEIGHT)
@@ -286,10 +290,10 @@ class Source:
         examples = make_maker(self.art, self.concepts, task, split).make(count, seed)
         return [self.cases.plain(example) for example in examples]
 
-    def _stage0_rows(self, size: int, rng: random.Random, first: bool = False, tools: bool = True) -> list[Row]:
+    def _stage0_rows(self, size: int, rng: random.Random, first: bool = False, rehearsed: bool = False) -> list[Row]:
         captions, locations = round(size * CAPTION_ROWS), round(size * LOCATE_ROWS)
         rows = [self.caption_row(rng) for _ in range(captions)]
-        rows += [self.locate_row(rng, tools) for _ in range(locations)]
+        rows += [self.locate_row(rng, rehearsed) for _ in range(locations)]
         # The tower takes pictures size by size, so a batch has one odd shape at most, and that in one size only.
         odd = rng.choice(ODD_SHAPES)
         match_share = MATCH_ROWS / (1 - CAPTION_ROWS - LOCATE_ROWS)
@@ -305,14 +309,14 @@ class Source:
             if rng.random() < match_share:
                 rows.append(self.match_row(case))
             else:
-                rows.append(self.choice_row(case, rng, tools=tools and rng.random() < TOOLS_OFFERED))
+                rows.append(self.choice_row(case, rng, AT_ONCE if rehearsed else _draw(CHOICE_PROMPTS, rng)))
         return rows
 
     def _sft_rows(self, size: int, rng: random.Random, number: int) -> list[Row]:
-        rehearsed = round(size * REHEARSAL)
-        first = number * (size - rehearsed)
-        rows = [self.cold_start(place) for place in self._shuffled(first, first + size - rehearsed)]
-        return rows + self._stage0_rows(rehearsed, rng, tools=False)
+        known = round(size * REHEARSAL)
+        first = number * (size - known)
+        rows = [self.cold_start(place) for place in self._shuffled(first, first + size - known)]
+        return rows + self._stage0_rows(known, rng, rehearsed=True)
 
     def _shuffled(self, start: int, stop: int) -> list[int]:
         """A part of an endless series in which every trajectory comes once an epoch."""
@@ -418,6 +422,12 @@ def _adopt(source: Source) -> None:
 
 def _make(stage: str, number: int, size: int) -> list[Batch]:
     return _SOURCE.batch(stage, number, size)
+
+
+def _opening(case: Case, prompt: str) -> list[dict[str, Any]]:
+    """A case's first messages under one of the prompts."""
+    messages = case.messages(tools=prompt == TOOLS)
+    return [_AT_ONCE, *messages[1:]] if prompt == AT_ONCE else messages
 
 
 def _blocks(side: Side) -> list[dict[str, str]]:
