@@ -27,7 +27,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs():
-    return [(sample.query, sample.candidates) for sample in load_samples()]
+    return [(sample.query, sample.candidates) for sample in {one.task: one for one in load_samples()}.values()]
 
 
 @pytest.fixture(scope="module")

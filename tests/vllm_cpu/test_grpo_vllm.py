@@ -125,7 +125,7 @@ def _alternating(completions, **columns) -> list[float]:
 
 
 def _examples() -> list[RerankExample]:
-    samples = [sample for sample in load_samples() if sample.task != "image-to-text"]
+    samples = [sample for sample in load_samples() if sample.task in ("text-to-image", "image-to-image")]
     return [RerankExample(s.id, s.query, s.candidates, [s.positive]) for s in samples]
 
 
