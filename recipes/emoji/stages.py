@@ -215,7 +215,8 @@ class Source:
         """What crops of scenes of a kind show."""
         talks, shown = [], []
         for example in self._makers[kind].make(PICTURES_A_ROW, rng.getrandbits(48)):
-            side = rng.choice(close_up(self.cases.plain(example), rng).candidates)
+            case = self.cases.plain(example)
+            (side,) = close_up(dataclasses.replace(case, candidates=[rng.choice(case.candidates)]), rng).candidates
             talks.append([ask_middle(side.scene, self.concepts)])
             shown.append(side.view.within(INSPECT_PIXELS))
         return self._picture_talk(talks, shown)
