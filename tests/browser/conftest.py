@@ -67,6 +67,7 @@ def space(tmp_path_factory):
 @pytest.fixture(scope="session")
 def slow_space(tmp_path_factory):
     """The Space with a model that does not stop writing, and a deadline of 12 seconds."""
+    import torch
     from tiny_models import make_model, make_processor
 
     from vretrver_hf import Reranker
@@ -79,8 +80,11 @@ def slow_space(tmp_path_factory):
     processor = make_processor("qwen2_5_vl")
     apply_to(processor, "qwen2_5_vl")
     model = make_model("qwen2_5_vl", processor)
+    engine = TransformersEngine(model, processor)
+    with torch.no_grad():  # tied weights: a logit of 0 is never the highest, so a turn ends at its limit alone
+        model.get_input_embeddings().weight[engine.encoder.stop_ids] = 0
     preset = get_preset("foveated", overview_pixels=56 * 56, inspect_pixels=84 * 84)
-    reranker = Reranker(TransformersEngine(model, processor), preset, sampling=Sampling(max_turn_tokens=8000))
+    reranker = Reranker(engine, preset, sampling=Sampling(max_turn_tokens=14000))
     reranker.save_pretrained(folder / "model")
     port = free_port()
     command = [sys.executable, str(ROOT / "spaces" / "rerank" / "app.py")]
