@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from vretrver_hf import Item, VisualTools
 from vretrver_hf.encoding import Encoder, collapse_pads
+from vretrver_hf.images import ImageRef
 from vretrver_hf.protocol import build_messages, format_answer, format_call, format_turn, get_preset
 from vretrver_hf.tools import Observation
 
@@ -84,6 +85,21 @@ def test_an_observation_opens_the_models_next_turn(encoder):
     assert encoder.tokenizer.decode(encoded.token_ids) == (
         "\n<|im_start|>user\nNot so.<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+@pytest.mark.parametrize("text", ["", " spaced \n", "observation", "{{ x }} is 2 °"])
+@pytest.mark.parametrize("num_images", [0, 1, 2])
+def test_what_stands_around_an_observation_does_not_depend_on_it(encoder, picture, text, num_images):
+    sides = 2 * encoder.factor
+    refs = tuple(ImageRef(number, sides, sides) for number in range(num_images))
+    images = [picture(sides, sides) for _ in refs]
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    blocks = [{"type": "text", "text": text}, *({"type": "image"} for _ in refs)]
+    options = {"tokenize": False, "add_generation_prompt": True}
+    rendered = encoder.tokenizer.apply_chat_template([*turns, {"role": "user", "content": blocks}], **options)
+    for _ in range(2):  # the second is put together from what the first one left
+        encoded = encoder.observation(Observation(text, images, True, refs))
+        assert encoded.text == rendered[rendered.rindex("a<|im_end|>") + len("a<|im_end|>") :]
 
 
 def test_decoding_drops_end_marks_and_keeps_tags(encoder):

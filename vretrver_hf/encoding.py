@@ -7,6 +7,7 @@ sampled is never decoded and tokenised again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
     from .protocol import Preset
+
+
+_END_OF_TURN = "<|im_end|>"
+_TEXT = "observation"
+"""Stands for an observation's text while the chat template is asked what it writes around it."""
+_PIECES = 1024
+"""Pieces of text whose tokens are remembered."""
 
 
 @dataclasses.dataclass
@@ -112,7 +120,10 @@ class Encoder:
         image_processor = processor.image_processor
         self.factor: int = image_processor.patch_size * image_processor.merge_size
         """Sides of a picture are multiples of this many pixels; one image token covers a square of it."""
-        self.end_of_turn: int = self._special("<|im_end|>")
+        self._frames: dict[int, tuple[str, str]] = {}
+        # What stands between pictures, and whole prompts in a group of rollouts, come again and again.
+        self._tokens = functools.lru_cache(_PIECES)(self._tokenise)
+        self.end_of_turn: int = self._special(_END_OF_TURN)
         self.end_of_call: int = self._special("</tool_call>")
         self.image_pad: int = self._special("<|image_pad|>")
         self.stop_ids: list[int] = [self.end_of_turn, self._special("<|endoftext|>"), self.end_of_call]
@@ -146,14 +157,8 @@ class Encoder:
 
     def observation(self, observation: Observation) -> Encoded:
         """A user turn with what a tool returned, from the newline after the model's turn to where it writes again."""
-        blocks = [{"type": "text", "text": observation.text}] + [{"type": "image"} for _ in observation.images]
-        opening = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        before = self._render(opening)
-        after = self._render([*opening, {"role": "user", "content": blocks}], add_generation_prompt=True)
-        end = before.rindex("<|im_end|>") + len("<|im_end|>")
-        if not after.startswith(before):
-            raise ValueError("the chat template does not preserve prefixes, so turns cannot be appended to it")
-        return self._encode(after[end:], list(observation.images), list(observation.refs))
+        head, tail = self._frame(len(observation.images))
+        return self._encode(head + observation.text + tail, list(observation.images), list(observation.refs))
 
     def overview_size(self, size: tuple[int, int], preset: Preset) -> tuple[int, int]:
         """Width and height, in pixels, that a picture of `size` has in the prompt."""
@@ -173,6 +178,19 @@ class Encoder:
         kept = [token for token in token_ids if token not in ends]
         return self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    def _frame(self, num_images: int) -> tuple[str, str]:
+        """What the chat template writes before and behind an observation's text, pictures included."""
+        if num_images not in self._frames:
+            opening = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+            blocks = [{"type": "text", "text": _TEXT}, *({"type": "image"} for _ in range(num_images))]
+            before = self._render(opening)
+            after = self._render([*opening, {"role": "user", "content": blocks}], add_generation_prompt=True)
+            if not after.startswith(before):
+                raise ValueError("the chat template does not preserve prefixes, so turns cannot be appended to it")
+            head, tail = after[before.rindex(_END_OF_TURN) + len(_END_OF_TURN) :].split(_TEXT)
+            self._frames[num_images] = head, tail
+        return self._frames[num_images]
+
     def _render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         return self.tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
@@ -185,10 +203,13 @@ class Encoder:
             raise ValueError(f"the rendered text has {len(pieces) - 1} pictures but {len(refs)} were given")
         token_ids: list[int] = []
         for piece, ref in zip(pieces, [*refs, None], strict=True):
-            token_ids += self.tokenizer.encode(piece, add_special_tokens=False)
+            token_ids += self._tokens(piece)
             if ref is not None:
                 token_ids += [self.image_pad] * self.image_tokens(ref)
         return Encoded(token_ids=token_ids, images=images, refs=refs, text=text)
+
+    def _tokenise(self, piece: str) -> list[int]:
+        return self.tokenizer.encode(piece, add_special_tokens=False)
 
     def _special(self, token: str) -> int:
         ids = self.tokenizer.encode(token, add_special_tokens=False)
