@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import get_ident
+
 import pytest
 from scripted import ScriptedEngine
 
-from vretrver_hf import Item
+from vretrver_hf import Item, VisualTools
 from vretrver_hf.agent import AgentLoop, AgentTask, play
 from vretrver_hf.engines import Sampling
 from vretrver_hf.protocol import format_answer, format_call, format_turn, get_preset
@@ -246,3 +251,39 @@ def test_one_query_can_be_cancelled_among_others(encoder, task):
     while loop.num_active:
         ended += [done.query_id for done, _ in loop.step()]
     assert sorted(ended) == ["0", "2"] and not engine._open
+
+
+class TogetherEngine(ScriptedEngine):
+    """Hands back the turns of all conversations at once, as the engines do that run a model."""
+
+    def poll(self, sessions):
+        while self._pending:
+            result = self._next()
+            self._finished[result.session] = result
+        return super().poll(sessions)
+
+
+def test_threads_carry_out_the_calls_of_turns_that_end_together(encoder, task):
+    scripts = {"q1": [SELECT, CROP, ANSWER], "q2": [CROP, "just talk", ANSWER], "q3": [ANSWER], "q4": [CROP] * 4}
+    tasks = [dataclasses.replace(task, query_id=query_id) for query_id in scripts]
+
+    def played(pool):
+        threads = set()
+        engine = TogetherEngine(encoder, lambda query_id, turn: scripts[query_id][turn])
+        loop = AgentLoop(engine, pool=pool)
+        with pytest.MonkeyPatch.context() as patch:
+            call = VisualTools.call
+            # As long as it takes for the other thread to begin too.
+            patch.setattr(
+                VisualTools, "call", lambda *args: threads.add(get_ident()) or time.sleep(0.05) or call(*args)
+            )
+            return {task.query_id: trajectory for task, trajectory in loop.run(tasks)}, threads
+
+    expected, alone = played(None)
+    with ThreadPoolExecutor(2) as pool:
+        found, together = played(pool)
+    assert alone == {get_ident()} and len(together) == 2 and get_ident() not in together
+    for query_id, trajectory in expected.items():
+        assert found[query_id].token_ids == trajectory.token_ids
+        assert found[query_id].num_valid_calls == trajectory.num_valid_calls
+        assert (found[query_id].finish, found[query_id].order) == (trajectory.finish, trajectory.order)

@@ -18,6 +18,8 @@ from .trajectory import Trajectory, Turn
 
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from PIL import Image
 
     from .images import ImageRef
@@ -130,14 +132,21 @@ class AgentLoop:
             How tokens are drawn; greedily by default.
         on_event (`Callable[[Event], None]`, *optional*):
             Called with each [`Event`] as it happens.
+        pool (`concurrent.futures.Executor`, *optional*):
+            Threads that carry out the calls of turns which end together; one after another by default.
     """
 
     def __init__(
-        self, engine: Engine, sampling: Sampling | None = None, on_event: Callable[[Event], None] | None = None
+        self,
+        engine: Engine,
+        sampling: Sampling | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        pool: Executor | None = None,
     ):
         self.engine = engine
         self.sampling = sampling or Sampling()
         self._on_event = on_event or (lambda event: None)
+        self._map = map if pool is None else pool.map
         self._waiting: collections.deque[AgentTask] = collections.deque()
         self._playing: dict[Session, _Rollout] = {}
 
@@ -180,9 +189,11 @@ class AgentLoop:
                 "the engine has no room for this conversation: another ranking on it was paused and holds all of its "
                 f"{self.engine.max_sessions} places; finish or close that one first"
             )
-        for result in results:
-            rollout = self._playing[result.session]
-            if self._advance(rollout, result):
+        rollouts = [self._playing[result.session] for result in results]
+        for rollout, result in zip(rollouts, results, strict=True):
+            self._record(rollout, result)
+        for rollout, observation in zip(rollouts, self._map(_Rollout.respond, rollouts), strict=True):
+            if self._advance(rollout, observation):
                 ended.append(self._end(rollout))
         return ended
 
@@ -225,7 +236,7 @@ class AgentLoop:
         rollout = _Rollout(task, self.engine.encoder.factor, self.sampling.seed)
         rollout.trajectory.exact_tokens = self.engine.exact_tokens
         started = time.perf_counter()
-        encoded = self.engine.encoder.prompt(task.messages(), rollout.load_image, task.preset, self._render)
+        encoded = self._prompt(task, rollout.load_image)
         seconds = time.perf_counter() - started
         rollout.trajectory.turns.append(
             Turn("prompt", encoded.token_ids, encoded.text, images=encoded.refs, seconds=seconds)
@@ -247,26 +258,25 @@ class AgentLoop:
         else:
             self.engine.submit(rollout.session, encoded, self.sampling)
 
-    def _render(self, ref: ImageRef, image: Image.Image) -> Image.Image:
-        """A picture of a prompt at the size the model sees."""
-        return ref.render(image)
+    def _prompt(self, task: AgentTask, load_image: Callable[[int], Image.Image]) -> Encoded:
+        """What the model reads first."""
+        return self.engine.encoder.prompt(task.messages(), load_image, task.preset)
 
-    def _advance(self, rollout: _Rollout, result: TurnResult) -> bool:
-        """Records a model turn and answers it. Returns whether the trajectory has ended."""
+    def _record(self, rollout: _Rollout, result: TurnResult) -> None:
+        """Writes down a model turn, or that there is none, and tells of it."""
+        trajectory = rollout.trajectory
         if result.error is not None:
-            rollout.trajectory.finish, rollout.trajectory.error = "error", result.error
-            return True
+            trajectory.finish, trajectory.error = "error", result.error
+            return
         if result.usage is not None:
             read, written = result.usage  # the first grows from turn to turn: it holds all turns before
-            sampled = rollout.trajectory.num_sampled_tokens + written
-            rollout.trajectory.usage = {"tokens": read + written, "sampled": sampled}
+            trajectory.usage = {"tokens": read + written, "sampled": trajectory.num_sampled_tokens + written}
         encoder = self.engine.encoder
         text = encoder.decode(result.token_ids) if result.text is None else result.text
         parsed = parse_turn(text) if result.stop != "length" else _cut_short(self.sampling.max_turn_tokens)
-        closing = encoder.closing(result.token_ids)
         turn = Turn(
             role="assistant",
-            token_ids=result.token_ids + closing,
+            token_ids=result.token_ids + encoder.closing(result.token_ids),
             text=text,
             num_sampled=len(result.token_ids),
             logprobs=result.logprobs,
@@ -276,22 +286,23 @@ class AgentLoop:
             call=dataclasses.asdict(parsed.call) if parsed.call else None,
             problem=parsed.problem,
         )
-        rollout.trajectory.turns.append(turn)
-        query_id = rollout.task.query_id
+        trajectory.turns.append(turn)
+        rollout.parsed = parsed
         if parsed.thought:
-            self._on_event(Event("thought", query_id, text=parsed.thought))
+            self._on_event(Event("thought", trajectory.query_id, text=parsed.thought))
         if parsed.kind == "answer":
-            rollout.trajectory.finish = "answer"
-            return True
-        if turn.call:
-            self._on_event(Event("call", query_id, call=turn.call))
-        observation = rollout.respond(parsed, turn)
+            trajectory.finish = "answer"
+        elif turn.call:
+            self._on_event(Event("call", trajectory.query_id, call=turn.call))
+
+    def _advance(self, rollout: _Rollout, observation: Observation | None) -> bool:
+        """Shows the model what it asked for. Returns whether the trajectory has ended."""
         if observation is None:
             return True
         self._on_event(
             Event(
                 "observation",
-                query_id,
+                rollout.trajectory.query_id,
                 observation.text,
                 valid=observation.valid,
                 images=tuple(observation.images),
@@ -299,7 +310,8 @@ class AgentLoop:
             )
         )
         started = time.perf_counter()
-        encoded = encoder.observation(observation)
+        encoded = self.engine.encoder.observation(observation)
+        last = rollout.trajectory.turns[-1]
         rollout.trajectory.turns.append(
             Turn(
                 "observation",
@@ -310,6 +322,7 @@ class AgentLoop:
                 valid=observation.valid,
             )
         )
+        closing = last.token_ids[last.num_sampled :]
         self._submit(rollout, dataclasses.replace(encoded, token_ids=closing + encoded.token_ids))
         return rollout.trajectory.finish == "length"
 
@@ -335,6 +348,7 @@ class _Rollout:
     def __init__(self, task: AgentTask, factor: int, seed: int):
         self.task = task
         self.session: Session | None = None
+        self.parsed: ParsedTurn | None = None  # the last turn
         self.calls_left = task.preset.max_calls if task.tools else 0
         self._warned = False
         self._images: list[Image.Image | None] = [
@@ -348,8 +362,11 @@ class _Rollout:
         assert image is not None, number  # prompts show only pictures that there are
         return image
 
-    def respond(self, parsed: ParsedTurn, turn: Turn) -> Observation | None:
-        """What the model sees after a turn that is no answer; `None` when it has had its last word."""
+    def respond(self) -> Observation | None:
+        """What the model sees next; `None` where the trajectory has ended or the model has had its last word."""
+        if self.trajectory.finish != "no_answer":
+            return None
+        parsed, turn = self.parsed, self.trajectory.turns[-1]
         if self.calls_left == 0:
             turn.valid = False if parsed.call else None
             if self._warned:

@@ -305,7 +305,8 @@ class TransformersEngine(Engine):
         for i, session in enumerate(sessions):
             groups[session.sampling].append(i)
         for sampling, members in groups.items():
-            chosen, logprobs = _draw(logits[members], sampling, [sessions[i].random for i in members])
+            rows = logits if len(groups) == 1 else logits[members]
+            chosen, logprobs = _draw(rows, sampling, [sessions[i].random for i in members])
             for i, token, logprob in zip(members, chosen.tolist(), logprobs.tolist(), strict=True):
                 sessions[i].sampled.append(token)
                 sessions[i].logprobs.append(logprob)

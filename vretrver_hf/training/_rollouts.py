@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
@@ -227,13 +227,14 @@ class _DecodedItem(Item):
 class _RolloutLoop(AgentLoop):
     """
     Keeps the pictures that each trajectory shows, since they are what the loss must read. Threads decode those of a
-    prompt and fit them to their size, once for a group.
+    prompt and fit them to their size, and prompts are encoded, once for a group; threads also carry out calls.
     """
 
     def __init__(self, engine: Engine, sampling: Sampling, pool: Executor):
-        super().__init__(engine, sampling)
+        super().__init__(engine, sampling, pool=pool)
         self.pictures: dict[int, list[Image.Image]] = {}
         self._pool = pool
+        self._last_prompt: tuple[AgentTask, Encoded] | None = None
         self._overviews: dict[int, tuple[weakref.ref[Image.Image], Image.Image]] = {}
 
     def _submit(self, rollout: Any, encoded: Encoded) -> None:
@@ -266,9 +267,18 @@ class _RolloutLoop(AgentLoop):
         self._overviews[key] = mark, ref.render(image)
         return _DecodedItem(item.text, image, item.id)
 
+    def _prompt(self, task: AgentTask, load_image: Callable[[int], Image.Image]) -> Encoded:
+        if self._last_prompt is not None:
+            last, encoded = self._last_prompt
+            if last.candidates is task.candidates and last.tools == task.tools:
+                return encoded
+        encoded = self.engine.encoder.prompt(task.messages(), load_image, task.preset, self._render)
+        self._last_prompt = task, encoded
+        return encoded
+
     def _render(self, ref: ImageRef, image: Image.Image) -> Image.Image:
         _, overview = self._overviews.get(id(image), (None, None))
-        return super()._render(ref, image) if overview is None else overview
+        return ref.render(image) if overview is None else overview
 
 
 def _shortened(turn: Turn, room: int, encoder: Encoder) -> Turn:
