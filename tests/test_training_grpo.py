@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from scripted import ForcedEngine, ScriptedEngine
 from scripted_trainers import (
     ANSWER,
@@ -183,7 +183,11 @@ class TestGolden:
         batch = on_first_inputs(trainer)
         assert difference(trainer, batch) < 1e-4
         # And the check can fail: another picture in the observations shows.
-        batch["pixel_values"][-1] += 1.0
+        if freeze:
+            last, (mode, image) = max(trainer.features._numbered.items())
+            trainer.features._numbered[last] = mode, ImageOps.invert(image)
+        else:
+            batch["pixel_values"][-1] += 1.0
         assert difference(trainer, batch) > 1e-3
 
     def test_half_precision_agrees(self, picture, scripts, tmp_path):
@@ -471,6 +475,24 @@ class TestPictures:
         right = [ref.render(image) for ref, image in zip(rollouts[0].trajectory.turns[0].images, images, strict=True)]
         assert [image.tobytes() for image in shown[0]] == [image.tobytes() for image in right]
 
+    def test_a_group_shares_its_prompt(self, family, picture, monkeypatch):
+        encoder = prepare_processor(make_processor(family), family, PRESET)
+        examples = [make_example(picture, name) for name in "ab"]
+        tasks = [example.task(PRESET, number, tools=number < 3) for example in examples for number in range(4)]
+        expected = [
+            encoder.prompt(
+                task.messages(), lambda number, task=task: [task.query, *task.candidates][number].load_image(), PRESET
+            ).token_ids
+            for task in tasks
+        ]
+        encoded = []
+        original = type(encoder).prompt
+        monkeypatch.setattr(type(encoder), "prompt", lambda self, *args: encoded.append(args) or original(self, *args))
+        engine = ScriptedEngine(encoder, lambda query_id, turn: ANSWER)
+        rollouts = play_rollouts(engine, tasks, Sampling(max_turn_tokens=400), 10_000)
+        assert len(encoded) == 4  # with tools and without, of two examples
+        assert [rollout.prompt_ids for rollout in rollouts] == expected
+
 
 class TestCutting:
     @pytest.fixture(scope="class")
@@ -547,38 +569,74 @@ class TestCutting:
 
 
 class TestFeatureCache:
-    def test_gives_what_the_tower_gives(self, family, picture):
-        processor = make_processor(family)
-        tower = make_model(family, processor).model.visual.requires_grad_(False)
-        pictures = [picture(64, 64), picture(128, 64), picture(64, 128)]
-        pictures.append(pictures[0].transpose(Image.Transpose.FLIP_LEFT_RIGHT))
-        prepare_processor(processor, family, get_preset("release"))
+    @pytest.fixture
+    @staticmethod
+    def tower(family):
+        return make_model(family, make_processor(family)).model.visual.requires_grad_(False)
 
-        def pixels(*numbers):
-            return processor.image_processor([pictures[number] for number in numbers], return_tensors="pt")
+    @pytest.fixture
+    @staticmethod
+    def image_processor(family):
+        processor = make_processor(family)
+        prepare_processor(processor, family, get_preset("release"))
+        return processor.image_processor
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_numbers_give_what_pixels_give(self, tower, image_processor, picture, dtype):
+        tower.to(dtype)
+        side = 2 * image_processor.patch_size * image_processor.merge_size
+        pictures = [picture(side, side), picture(2 * side, side), picture(side, 2 * side)]
+        pictures.append(pictures[0].transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        batches = [[0, 1], [1, 2, 0, 2], [3]]
 
         def features(batch):
-            output = tower(batch["pixel_values"], grid_thw=batch["image_grid_thw"], return_dict=True)
+            output = tower(batch["pixel_values"].to(dtype), grid_thw=batch["image_grid_thw"], return_dict=True)
             return [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
 
-        batches = [pixels(0, 1), pixels(1, 2, 0, 2), pixels(3)]
-        plain = [features(batch) for batch in batches]
-        cache = FeatureCache(tower)
-        cached = [features(batch) for batch in batches]
-        for mine, theirs in zip(cached, plain, strict=True):
-            for one, other in zip(mine, theirs, strict=True):
-                torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
-        assert (cache.num_computed, cache.num_recalled) == (4, 3)
-        cache.begin("eval")
-        features(pixels(0))  # training's, which an evaluation leaves
-        assert cache.num_recalled == 4
-        cache.begin("train")
-        features(pixels(0))
-        assert cache.num_computed == 5
+        def inputs(numbers):
+            return image_processor(images=[pictures[number].copy() for number in numbers], return_tensors="pt")
 
-    def test_refuses_a_tower_that_is_trained(self, family):
+        plain = [features(inputs(numbers)) for numbers in batches]
+        cache = FeatureCache(tower, image_processor)
+        cache._next_number = 2**24 - 2  # from there on all digits are in use
+        with cache.numbered():
+            numbered = [inputs(numbers) for numbers in batches]
+            assert all(batch["pixel_values"].shape[-1] == 4 for batch in numbered)
+        for batch, numbers, theirs in zip(numbered, batches, plain, strict=True):
+            expected = inputs(numbers)
+            assert batch.keys() == expected.keys()
+            assert torch.equal(batch["image_grid_thw"], expected["image_grid_thw"])
+            assert len(batch["pixel_values"]) == len(expected["pixel_values"])
+            for found in (features(batch), features(expected)):  # pixels still pass the tower
+                for one, other in zip(found, theirs, strict=True):
+                    torch.testing.assert_close(one, other, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0)
+        assert (cache.pictures["train"].num_computed, cache.pictures["train"].num_recalled) == (4, 3)
+
+    def test_an_evaluation_leaves_what_training_needs(self, tower, image_processor, picture):
+        cache = FeatureCache(tower, image_processor)
+        side = 2 * image_processor.patch_size * image_processor.merge_size
+        a, b = picture(side, side), picture(2 * side, side)
+
+        def shown(mode, image):
+            cache.begin(mode)
+            with cache.numbered():
+                return image_processor(images=[image], return_tensors="pt")
+
+        def output(batch):
+            return tower(batch["pixel_values"], grid_thw=batch["image_grid_thw"]).pooler_output
+
+        training = shown("train", a)
+        first = output(training)
+        assert not torch.equal(output(shown("eval", b))[: len(first)], first)
+        assert torch.equal(output(training), first)
+        assert cache.pictures["train"].num_computed == cache.pictures["train"].num_recalled == 1
+        shown("train", b)
+        with pytest.raises(KeyError):
+            output(training)
+
+    def test_refuses_a_tower_that_is_trained(self, tower, image_processor):
         with pytest.raises(ValueError, match="freeze it first"):
-            FeatureCache(make_model(family, make_processor(family)).model.visual)
+            FeatureCache(tower.requires_grad_(True), image_processor)
 
     def test_a_step_computes_each_picture_once(self, family, picture, scripts, tmp_path):
         scripts |= dict(enumerate(SCRIPTS.values()))
@@ -586,10 +644,9 @@ class TestFeatureCache:
             family, [make_example(picture)], tmp_path, freeze=True, max_turn_tokens=400, max_steps=1
         )
         trainer.train()
-        # Two pictures of the prompt, the crop and two selected ones, computed for the rollouts, whose engine shares
-        # them; the loss recalls those of all four rollouts.
-        assert trainer.features.num_computed == 5
-        assert trainer.features.num_recalled == 2 + 5 + 2 + 5
+        # Two pictures of the prompt, the crop and two selected ones; the loss recalls those of all four rollouts.
+        pictures = trainer.features.pictures["train"]
+        assert pictures.num_computed == 5 and pictures.num_recalled >= 2 + 5 + 2 + 5
 
 
 class TestSettings:

@@ -77,8 +77,8 @@ class PictureFeatures:
             `model.model.visual` of a Qwen2.5-VL or Qwen3-VL model.
         image_processor (`BaseImageProcessor`):
             That of the model. Pictures come at their final size and are not resized.
-        max_bytes (`int`, *optional*, defaults to 1 GiB):
-            Most memory for features that are kept, on the model's device; 0 keeps none.
+        max_bytes (`float`, *optional*, defaults to 1 GiB):
+            Most memory for features that are kept, on the model's device; 0 keeps none, infinity all.
 
     Attributes:
         num_computed (`int`):
@@ -87,7 +87,7 @@ class PictureFeatures:
             Pictures that did not have to.
     """
 
-    def __init__(self, tower: nn.Module, image_processor: Any, max_bytes: int = 2**30):
+    def __init__(self, tower: nn.Module, image_processor: Any, max_bytes: float = 2**30):
         self.num_computed = 0
         self.num_recalled = 0
         self.max_bytes = max_bytes
@@ -106,10 +106,10 @@ class PictureFeatures:
         if not images:
             yield {}
             return
-        features = self._features(images)
+        output = self.tower_output(images)
         grid = picture_grid(images, self._image_processor)
         original = vars(self._tower).get("forward")
-        self._tower.forward = lambda *args, **kwargs: join_features(features, self._output)
+        self._tower.forward = lambda *args, **kwargs: output
         try:
             yield {"pixel_values": torch.empty(0), "image_grid_thw": grid}
         finally:
@@ -118,8 +118,12 @@ class PictureFeatures:
             else:
                 self._tower.forward = original
 
+    def tower_output(self, images: Sequence[Image.Image]) -> Any:
+        """What the tower returns for these pictures; those that are known do not pass it."""
+        return join_features(self._features(images), self._output)
+
     def _features(self, images: Sequence[Image.Image]) -> list[list[Tensor]]:
-        keys = [picture_id(image) for image in images]
+        keys = picture_ids(images)
         missing = {key: image for key, image in zip(keys, images, strict=True) if key not in self._known}
         fresh = dict(zip(missing, self._compute(list(missing.values())), strict=True)) if missing else {}
         self.num_computed += len(missing)
@@ -164,7 +168,7 @@ def equal_pictures_once(image_processor: Any) -> Iterator[None]:
     def preprocess(images: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(images, list) or not all(isinstance(image, PIL.Image.Image) for image in images):
             return original(images, *args, **kwargs)
-        keys = [picture_id(image) for image in images]
+        keys = picture_ids(images)
         distinct = dict(zip(keys, images, strict=True))
         result = original(list(distinct.values()), *args, **kwargs)
         if len(distinct) < len(images) and isinstance(result.get("pixel_values"), Tensor):
@@ -183,6 +187,12 @@ def equal_pictures_once(image_processor: Any) -> Iterator[None]:
         yield
     finally:
         del image_processor.preprocess
+
+
+def picture_ids(images: Sequence[Image.Image]) -> list[str]:
+    """A name made of the pixels of each picture; of one that stands in several places they are read once."""
+    names = {id(image): picture_id(image) for image in {id(image): image for image in images}.values()}
+    return [names[id(image)] for image in images]
 
 
 def picture_grid(images: Sequence[Image.Image], image_processor: Any) -> Tensor:

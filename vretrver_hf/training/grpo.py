@@ -164,8 +164,9 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
       project's own loop.
     - `_get_train_sampler`, since TRL's sampler draws each epoch's order from what the epochs before left of its
       generator: a run that goes on in a later epoch would meet the first one's order again.
-    - `_generate_and_score_completions`, so that equal pictures are processed once ([`equal_pictures_once`]). And the
-      model finds rotary positions of a whole batch at once ([`quick_positions`]).
+    - `_generate_and_score_completions`, so that equal pictures are processed once ([`equal_pictures_once`]), or not at
+      all where the tower is frozen ([`FeatureCache`]). And the model finds rotary positions of a whole batch at once
+      ([`quick_positions`]).
     - `training_step` and `prediction_step`, so that attention does without cuDNN ([`without_cudnn_attention`]), also
       where gradient checkpointing runs it once more.
 
@@ -276,7 +277,7 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
         elif args.use_vllm:
             self.vllm_generation.llm = SizedLLM(self.vllm_generation.llm, processing_class.image_processor.size)
         cached = not args.use_vllm and not self._tower_is_trained
-        self.features = FeatureCache(tower) if cached else None
+        self.features = FeatureCache(tower, processing_class.image_processor) if cached else None
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers calls this for forward and backward pass; see the class."""
@@ -290,7 +291,8 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         """TRL 1.16 calls this for a batch, whose groups show the same pictures; see the class."""
-        with equal_pictures_once(self.processing_class.image_processor):
+        once = equal_pictures_once(self.processing_class.image_processor)
+        with once if self.features is None else self.features.numbered():
             return super()._generate_and_score_completions(inputs)
 
     def _generate(self, prompts: list) -> tuple[Any, ...]:
@@ -333,8 +335,6 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
         return _EpochSampler(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
 
     def _play(self, mode: str) -> list[Rollout]:
-        if self.features is not None:
-            self.features.begin(mode)
         group = self.num_generations if mode == "train" else self.num_generations_eval
         with_tools = group - max((reward.num_without_tools(group) for reward in self._evidence), default=0)
         first = self.accelerator.process_index * len(self.environments)
@@ -347,6 +347,8 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
         sampling = dataclasses.replace(self.sampling, seed=seed)
         with self._policy() as model:
             engine = TransformersEngine(model, self.processing_class, self.args.max_sessions, self.args.prefill_tokens)
+            if self.features is not None:
+                engine.features = self.features.begin(mode)
             rollouts = play_rollouts(engine, tasks, sampling, self.max_completion_length)
         for environment, rollout in zip(self.environments, rollouts, strict=True):
             environment.trajectory = rollout.trajectory
