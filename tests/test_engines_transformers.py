@@ -10,7 +10,7 @@ from scripted import ForcedEngine
 from vretrver_hf import Item, Reranker
 from vretrver_hf.agent import AgentLoop, AgentTask, play
 from vretrver_hf.encoding import Encoded
-from vretrver_hf.engines import Sampling, _slot_cache
+from vretrver_hf.engines import Sampling, _slot_cache, transformers
 from vretrver_hf.engines.transformers import TransformersEngine, _draw
 from vretrver_hf.protocol import build_messages, format_answer, format_call, format_turn, get_preset
 
@@ -352,3 +352,29 @@ def test_a_picture_passes_the_tower_once_in_all_turns_and_queries(model, process
     distinct = {(ref.index, ref.width, ref.height, ref.box) for ref in play(cached, [first])[0].images}
     shown_again = cached.features.num_recalled
     assert cached.features.num_computed <= 2 * len(distinct) and shown_again > len(distinct)
+
+
+def test_new_turns_wait_for_each_other_while_many_write(model, processor, monkeypatch):
+    """Turns of many lengths end one by one; the passes that read new ones are few, and what is said is the same."""
+    lengths = {f"q{i}": i for i in range(20)}
+    candidates = [Item(text="a"), Item(text="b"), Item(text="c")]
+    tasks = [AgentTask(Item(text="q"), candidates, PRESET, query_id=name) for name in lengths]
+
+    def script(query_id, turn):
+        thought = "so " * (1 + 7 * lengths[query_id] * (turn + 1) % 13)
+        if turn < 2:
+            return format_turn(thought, format_call("select_images", {"target_images": [1]}))
+        return format_turn(thought, format_answer([1, 0, 2]))
+
+    def played(writers):
+        monkeypatch.setattr(transformers, "_WRITERS_PER_READER", writers)
+        engine, passes = ForcedEngine(model, processor, script, max_sessions=16), []
+        read = engine._forward_prefill
+        engine._forward_prefill = lambda batch: passes.append(len(batch)) or read(batch)
+        return play(engine, tasks), passes
+
+    patient, few = played(2)
+    eager, many = played(10**6)
+    assert sum(few) == sum(many) == 3 * len(tasks) and len(few) < 0.7 * len(many)
+    for one, other in zip(patient, eager, strict=True):
+        assert one.token_ids == other.token_ids and one.finish == "answer"

@@ -51,7 +51,7 @@ JITTER, POSITIONS = 0.5, 5
 in that range it reckons with, each way."""
 MARGIN = 1
 """Pixels around the target that are compared as well."""
-BOX_SIDES, BOX_ERROR = (0.06, 0.14), 0.03
+BOX_SIDES, BOX_ERROR = (0.1, 0.2), 0.04
 """Sides of an imperfect crop's box, and how far its middle is off each way, as shares of the scene."""
 CONDITIONS = {
     "overview": "overview",

@@ -30,6 +30,11 @@ from ._slot_cache import SlotCache
 from .base import Engine, Sampling, Session, TurnResult
 
 
+_WRITERS_PER_READER = 16
+"""A pass over a few new turns takes about as long as one over many, and all who write wait for it: of 512 rows, with
+turns of thirty tokens, some end theirs at every token."""
+
+
 class TransformersEngine(Engine):
     """
     Engine for Qwen2.5-VL and Qwen3-VL models in transformers.
@@ -168,7 +173,7 @@ class TransformersEngine(Engine):
             if self.on_token is not None:
                 self.on_token()
             with self._running():
-                results = self._prefill()
+                results = self._prefill() if self._prefill_is_due() else []
                 if not results:
                     if not any(session.decoding for session in self._rows):
                         return []
@@ -207,6 +212,13 @@ class TransformersEngine(Engine):
                 f"prefill_tokens ({self.prefill_tokens} now; tokens read at a time)"
             )
             raise
+
+    def _prefill_is_due(self) -> bool:
+        """Whether so many turns wait that those who write should. One may wait for ever only while others write."""
+        room = self.max_sessions - len(self._rows)
+        fresh = sum(session.row is None for session in self._waiting)
+        ready = len(self._waiting) - max(fresh - room, 0)
+        return ready * _WRITERS_PER_READER >= sum(session.decoding for session in self._rows)
 
     def _prefill(self) -> list[TurnResult]:
         """Brings in waiting turns, as many at a time as fit, and samples each one's first token."""
