@@ -3,44 +3,50 @@ Agent loop against a bare `generate` over the same tokens, in one run.
 
 Both read the same prompts with the same pictures and the same observations, and write the same number of tokens in
 the same number of rows. `generate` does it in one go with everything that is read up front; the loop does it in
-turns, decodes and parses each, answers it, and prefills what is new.
+turns, decodes and parses each, answers it, and prefills what is new. Told besides: how much of the loop's time passes
+in the model, in the tools, and in neither.
 
     python tests/benchmarks/agent_loop.py [--rows 8] [--turns 3] [--tokens 64] [--repeats 5]
+
+With random weights in the shape of Qwen2.5-VL-7B and 20 candidates, on one GPU:
+
+    python tests/benchmarks/agent_loop.py --random --candidates 20 --repeats 3
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
+import dataclasses
 import resource
 import statistics
-import time
+from unittest import mock
 
+import subject
 import torch
+from timing import timed
 
-from vretrver_hf import Item, Reranker
-from vretrver_hf.agent import AgentTask, play
+from vretrver_hf.agent import play
 from vretrver_hf.engines import Sampling
-from vretrver_hf.samples import load_samples
+from vretrver_hf.tools import VisualTools
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None, help="hub id or folder; the bundled model by default")
-    parser.add_argument("--rows", type=int, default=8, help="conversations at the same time")
+    subject.add_arguments(parser)
     parser.add_argument("--turns", type=int, default=3, help="model turns of each conversation")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each model turn")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each, in alternation")
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--dtype", default="auto")
     args = parser.parse_args()
 
-    reranker = Reranker.from_pretrained(args.model, device=args.device, dtype=args.dtype, max_sessions=args.rows)
+    reranker = subject.load(args)
     engine = reranker.engine
     # No turn may end by itself: every turn is cut at its limit, told so, and followed by the next.
     engine.encoder.stop_ids = []
     engine.encoder.end_of_call = -1
-    preset = reranker.preset
-    tasks = make_tasks(preset, args.rows, calls=args.turns - 2)
+    preset = dataclasses.replace(reranker.preset, max_calls=args.turns - 2)
+    tasks = subject.make_tasks(args, preset, args.rows)
     sampling = Sampling(max_turn_tokens=args.tokens)
 
     trajectories = play(engine, tasks, sampling)
@@ -59,20 +65,10 @@ def main() -> None:
     print(f"agent loop     {loop:7.3f} s  (min {min(loop_times):.3f}, max {max(loop_times):.3f})")
     print(f"bare generate  {plain:7.3f} s  (min {min(bare_times):.3f}, max {max(bare_times):.3f})")
     print(f"ratio          {loop / plain:7.3f}")
+    parts = shares(engine, lambda: play(engine, tasks, sampling))
+    whole = sum(parts.values())
+    print("time of the loop in " + ", ".join(f"{part} {seconds / whole:.1%}" for part, seconds in parts.items()))
     print(f"peak memory    {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:7.2f} GiB")
-
-
-def make_tasks(preset, rows: int, calls: int) -> list[AgentTask]:
-    """Bundled samples with pictures; the budget is such that each conversation has exactly `calls + 2` turns."""
-    import dataclasses
-
-    preset = dataclasses.replace(preset, max_calls=calls)
-    samples = [sample for sample in load_samples() if sample.candidates[0].image is not None]
-    picked = [samples[i % len(samples)] for i in range(rows)]
-    return [
-        AgentTask(Item(text="the one that fits"), sample.candidates, preset, query_id=str(i))
-        for i, sample in enumerate(picked)
-    ]
 
 
 def bare_inputs(engine, tasks, trajectories) -> dict[str, torch.Tensor]:
@@ -106,14 +102,27 @@ def bare(engine, inputs, tokens: int) -> None:
     assert output.shape[1] == inputs["input_ids"].shape[1] + tokens
 
 
-def timed(action) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    action()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+def shares(engine, action) -> dict[str, float]:
+    """Seconds of one run in the model, in the tools and in neither; each part waits for the accelerator."""
+    spent: dict[str, float] = collections.defaultdict(float)
+
+    def clocked(part, function):
+        def run(*args, **kwargs):
+            results = []
+            spent[part] += timed(lambda: results.append(function(*args, **kwargs)))
+            return results[0]
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        for part, owner, name in (
+            ("model", engine.model.model, "forward"),
+            ("model", engine.model.lm_head, "forward"),
+            ("tools", VisualTools, "call"),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, clocked(part, getattr(owner, name))))
+        whole = timed(action)
+    return {"model": spent["model"], "tools": spent["tools"], "neither": whole - spent["model"] - spent["tools"]}
 
 
 if __name__ == "__main__":

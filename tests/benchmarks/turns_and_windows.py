@@ -7,7 +7,10 @@ log-normal: each query goes on as soon as its window is done, against static bat
 
     python tests/benchmarks/turns_and_windows.py [--model NAME] [--device cuda] [--tokens 1 16 64 256] [--repeats 3]
 
-With 1 token a turn, what is compared is prefill and vision alone.
+With 1 token a turn, what is compared is prefill and vision alone. With random weights in the shape of Qwen2.5-VL-7B
+and 20 candidates, on one GPU:
+
+    python tests/benchmarks/turns_and_windows.py --random --candidates 20 --repeats 1
 """
 
 from __future__ import annotations
@@ -17,35 +20,32 @@ import random
 import statistics
 from functools import partial
 
+import subject
 from timing import alternate, tell
 
-from vretrver_hf import Reranker
 from vretrver_hf.agent import AgentTask
 from vretrver_hf.encoding import Encoded
 from vretrver_hf.engines import Sampling
-from vretrver_hf.samples import load_samples
 from vretrver_hf.tools import VisualTools
 from vretrver_hf.vision import PictureFeatures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None, help="hub id or folder; the bundled model by default")
-    parser.add_argument("--rows", type=int, default=8, help="conversations at the same time")
+    subject.add_arguments(parser)
     parser.add_argument("--turns", type=int, default=4, help="model turns of each conversation")
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 16, 64, 256], help="tokens of each model turn")
     parser.add_argument("--queries", type=int, default=64)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--median", type=float, default=25, help="median of the windows' tokens")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--dtype", default="auto")
     args = parser.parse_args()
 
-    reranker = Reranker.from_pretrained(args.model, device=args.device, dtype=args.dtype, max_sessions=args.rows)
+    reranker = subject.load(args)
     engine = reranker.engine
     engine.encoder.stop_ids, engine.encoder.end_of_call = [], -1  # every turn is as long as it is told
-    pieces = [conversation(reranker, row, args.turns) for row in range(args.rows)]
+    tasks = subject.make_tasks(args, reranker.preset, args.rows)
+    pieces = [conversation(engine.encoder, task, args.turns) for task in tasks]
     for tokens in args.tokens:
         print(f"\n{args.rows} conversations of {args.turns} turns of {tokens} tokens")
         kept = partial(play, engine, pieces, tokens, again=False)
@@ -67,15 +67,11 @@ def main() -> None:
     tell(medians)
 
 
-def conversation(reranker: Reranker, row: int, turns: int) -> list[Encoded]:
+def conversation(encoder, task: AgentTask, turns: int) -> list[Encoded]:
     """What one conversation reads: a prompt with pictures, then crops and selected pictures in turn."""
-    samples = [sample for sample in load_samples() if sample.candidates[0].image is not None]
-    sample = samples[row % len(samples)]
-    task = AgentTask(sample.query, sample.candidates, reranker.preset)
     pictures = [item.load_image() if item.image is not None else None for item in [task.query, *task.candidates]]
-    encoder = reranker.engine.encoder
-    tools = VisualTools(pictures[0], pictures[1:], preset=reranker.preset, factor=encoder.factor)
-    pieces = [encoder.prompt(task.messages(), pictures.__getitem__, reranker.preset)]
+    tools = VisualTools(pictures[0], pictures[1:], preset=task.preset, factor=encoder.factor)
+    pieces = [encoder.prompt(task.messages(), pictures.__getitem__, task.preset)]
     for turn in range(turns - 1):
         seen = tools.crop_image([0, 0, 0.5, 0.5], 1 + turn % 3) if turn % 2 else tools.select_images([1, 2])
         pieces.append(encoder.observation(seen))
