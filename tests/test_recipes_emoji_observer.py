@@ -14,7 +14,6 @@ from examples import Drawing, Placed, Scene
 from intervals import wilson
 from observer import (
     BOX_ERROR,
-    BOX_SIDES,
     CONDITIONS,
     FOUND,
     KINDS,
@@ -40,6 +39,7 @@ from observer import (
 from PIL import Image
 from preset import PRESET
 from scenes import SIDE, SceneMaker, draw_scene
+from searching import BOX_SIDES
 from test_recipes_emoji_scenes import small_scenes  # noqa: F401
 
 from vretrver_hf.encoding import Encoder

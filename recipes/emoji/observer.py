@@ -38,6 +38,7 @@ from PIL import Image
 from preset import OVERVIEW_PIXELS, PRESET
 from rows import FACTOR
 from scenes import FAMILIES, SIDE, SceneMaker, draw_scene
+from searching import BOX_SIDES
 
 from vretrver_hf.images import ImageRef, fit_size
 from vretrver_hf.tools import VisualTools
@@ -51,8 +52,8 @@ JITTER, POSITIONS = 0.5, 5
 in that range it reckons with, each way."""
 MARGIN = 1
 """Pixels around the target that are compared as well."""
-BOX_SIDES, BOX_ERROR = (0.1, 0.2), 0.04
-"""Sides of an imperfect crop's box, and how far its middle is off each way, as shares of the scene."""
+BOX_ERROR = 0.04
+"""How far the middle of an imperfect crop is off each way, as a share of the scene; its sides are the oracle's."""
 CONDITIONS = {
     "overview": "overview",
     "select": "select_images of four",
