@@ -60,6 +60,7 @@ def test_a_row_reads_back_as_the_example(exporter, art, concepts, task):
                 if entry.image is not None:
                     assert (_pixels(item) == art.image(*entry.image)).all()
             info = row["extra_info"]
+            assert info["target_boxes"] == [[]] * len(example.candidates)
             assert info["ground_truth_position"] == [row["reward_model"]["ground_truth"]] == [example.positive + 1]
             assert (
                 len(info["images"]) == len(row["images"]) == sum(entry.image is not None for entry in example.entries)
@@ -83,7 +84,10 @@ def test_scenes_are_drawn(exporter, art):
     scenes = [Scene(placed, 0, 336), Scene(placed[::-1], 1, 336)]
     candidates = [Entry(None, scene, "1f414") for scene in scenes]
     example = Example("q", "t2i", "train", Entry("a dog"), candidates, 1, [0, 3], "detail/clock/blob")
-    for item, scene in zip(example_from_row(exporter.row(example)).candidates, scenes, strict=True):
+    row = exporter.row(example)
+    assert row["data_source"] == "emoji/detail"  # a task of its own, though text to image too
+    assert row["extra_info"]["target_boxes"] == [[30, 60, 78, 108]] * 2
+    for item, scene in zip(example_from_row(row).candidates, scenes, strict=True):
         pixels = _pixels(item).astype(int)
         assert pixels.shape == (336, 336, 3)
         assert abs(pixels - draw_scene(art, scene)).mean() < 4  # they are not stored without loss

@@ -14,6 +14,10 @@ Parquet files for other trainers, one a task and split and one for training, tak
 What `vretrver sample` and GRPO ask, as parquet files too:
 
     python recipes/emoji/build_data.py --out recipes/emoji/data --steps lessons
+
+What trained models are compared on, `test.parquet` and `test_artist.parquet`:
+
+    python recipes/emoji/build_data.py --out recipes/emoji/data --steps held-out
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ from tasks import KINDS, TASKS, make_maker, pictures, splits_of
 
 
 STEPS = ("fetch", "slim", "render", "examples")
-MORE_STEPS = ("export", "lessons")
+MORE_STEPS = ("export", "lessons", "held-out")
 SHEET_ROWS = {"overview": 3, "detail": 4}
 """Rows of a sheet of scenes; those of drawings have `DRAWING_ROWS`."""
 DRAWING_ROWS = 8
@@ -91,6 +95,8 @@ def main(
         export(out, seed, num_examples, num_train)
     if "lessons" in wanted:
         write_lessons(out, seed, num_rsft, num_grpo)
+    if "held-out" in wanted:
+        write_held_out(out, seed)
     if sheet is not None:
         write_sheets(out, seed, sheet)
 
@@ -194,6 +200,18 @@ def write_lessons(out: Path, seed: int, num_rsft: int, num_grpo: int) -> None:
     _write_parquet(out, exporter, "rsft", draw_lesson(makers, "rsft", RSFT_TASKS, num_rsft, seed, asked))
     lesson = draw_lesson(makers, "grpo", GRPO_TASKS, num_grpo, seed, asked, PLACED_FIRST)
     _write_parquet(out, exporter, "grpo", lesson)
+
+
+def write_held_out(out: Path, seed: int) -> None:
+    """Write `export/test.parquet` and `export/test_artist.parquet`."""
+    from export import Exporter
+    from heldout import HELD_OUT, draw_held_out
+
+    art, concepts = Art.load(out), load_concepts(out)
+    exporter = Exporter(art)
+    for name, (split, counts) in HELD_OUT.items():
+        makers = {task: make_maker(art, concepts, task, split) for task in counts}
+        _write_parquet(out, exporter, name, draw_held_out(makers, name, counts, seed))
 
 
 def _write_parquet(out: Path, exporter: Any, name: str, examples: list[Example]) -> None:

@@ -18,7 +18,7 @@ from concepts import Concept
 from examples import Drawing, Entry, Example, Scene
 from PIL import Image
 from preset import PRESET
-from scenes import draw_scene
+from scenes import KINDS, draw_scene
 from tasks import make_maker
 
 from vretrver_hf import Item
@@ -69,14 +69,20 @@ class Exporter:
             query=query,
             candidates=candidates,
             positives=[example.positive],
-            data_source=f"emoji/{example.task}",
+            data_source=f"emoji/{task_name(example)}",
             prompt=flat_prompt(query, candidates),
         )
 
     def row(self, example: Example) -> dict[str, Any]:
-        """A row of the released schema; its `ability` is the kind of question."""
+        """
+        A row of the released schema; its `ability` is the kind of question.
+
+        `extra_info.target_boxes` says where in each candidate that is a scene the drawing stands that decides, as x1,
+        y1, x2, y2 in pixels: nothing that a model is shown, but what tells whether a crop met it.
+        """
         row = to_row(self.rerank_example(example))
         row["extra_info"]["images"] = [image["image"]["path"] for image in row["images"]]
+        row["extra_info"]["target_boxes"] = [_target_box(entry) for entry in example.candidates]
         reward = {"style": "rule", "ground_truth": example.positive + 1}
         return row | {"ability": example.kind, "reward_model": reward}
 
@@ -93,6 +99,12 @@ class Exporter:
         elif image is not None:
             image = self._encode_drawing(Drawing(*image))
         return Item(text=entry.text, image=image)
+
+
+def task_name(example: Example) -> str:
+    """The task of an example, or the kind of its scenes, which are text to image too but measure something else."""
+    kind = example.kind.partition("/")[0]
+    return kind if kind in KINDS else example.task
 
 
 def flat_prompt(query: Item, candidates: list[Item]) -> list[dict[str, str]]:
@@ -164,11 +176,17 @@ def _row(example: Example) -> dict[str, Any]:
     return _EXPORTER.row(example)
 
 
+def _target_box(entry: Entry) -> list[int]:
+    """Empty for what is no scene."""
+    scene = entry.image
+    return list(scene.objects[scene.target].box) if isinstance(scene, Scene) else []
+
+
 def _schema() -> Any:
     from datasets import Features, List, Value
 
     columns = row_features()
-    info = columns["extra_info"] | {"images": List(Value("string"))}
+    info = columns["extra_info"] | {"images": List(Value("string")), "target_boxes": List(List(Value("int64")))}
     reward = {"style": Value("string"), "ground_truth": Value("int64")}
     columns = {**columns, "extra_info": info, "ability": Value("string"), "reward_model": reward}
     return Features(columns).arrow_schema

@@ -93,23 +93,37 @@ def draw_lesson(
         ValueError: A task has too little that was not asked before.
     """
     rng = random.Random(f"{seed}/{name}")
-    streams = {task: _stream(makers[task], random.Random(f"{seed}/{name}/{task}")) for task in shares}
+    streams = {task: endless(makers[task], f"{seed}/{name}/{task}") for task in shares}
     drawn = []
     for number, task in enumerate(rng.choices(list(shares), list(shares.values()), k=count)):
         is_placed = task == "detail" and number < placed_first * count
-        example = _first_new(task, streams[task], asked, is_placed)
-        asked.add(identity(example))
+        example = take_new(task, streams[task], asked, is_placed)
         drawn.append(dataclasses.replace(example, qid=f"{name}-{number:05d}"))
     return drawn
 
 
-def _stream(maker: Any, rng: random.Random) -> Iterator[Example]:
+def endless(maker: Any, seed: str) -> Iterator[Example]:
+    """Examples without end, some of which may ask the same."""
+    rng = random.Random(seed)
     while True:
         yield from maker.make(100, rng.getrandbits(48))
 
 
-def _first_new(task: str, stream: Iterator[Example], asked: set[tuple[Any, ...]], is_placed: bool) -> Example:
+def take_new(task: str, stream: Iterator[Example], asked: set[tuple[Any, ...]], is_placed: bool = False) -> Example:
+    """
+    The next example that asks what was not asked before.
+
+    Args:
+        task (`str`): Its task.
+        stream (`Iterator[Example]`): Where it comes from.
+        asked (`set[tuple]`): Identities of what was asked before; its own is added.
+        is_placed (`bool`, *optional*, defaults to `False`): Whether it must name a place.
+
+    Raises:
+        ValueError: Nothing new comes.
+    """
     for example in itertools.islice(stream, TRIES):
         if identity(example) not in asked and (example.kind.endswith("/place") or not is_placed):
+            asked.add(identity(example))
             return example
     raise ValueError(f"{task} has too few queries: {TRIES} draws in a row brought nothing new")
