@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vretrver_hf.journal import Journal, JournalError, Shard, current_shard
+from vretrver_hf.journal import Journal, JournalError, Shard, current_shard, finished_entries
 
 
 SETTINGS = {"model": "m", "sampling": {"temperature": 1.0, "seed": 0}}
@@ -42,6 +42,18 @@ class TestJournal:
             with pytest.raises(ValueError, match="'a' is already in"):
                 journal.append("a", 2)
             assert journal["a"] == 1
+
+    def test_others_look_on_without_joining(self, tmp_path):
+        filled(tmp_path, "b", "a")
+        with Journal(tmp_path, SETTINGS, 1) as journal:  # whose files are locked
+            journal.fail("c", "broken")
+            journal.append("c", 3)
+            journal.fail("d", "broken")
+            before = sorted(tmp_path.iterdir())
+            assert list(finished_entries(tmp_path)) == [("b", {"is": "b"}), ("a", {"is": "a"}), ("c", 3)]
+        assert sorted(tmp_path.iterdir()) == before
+        with pytest.raises(JournalError, match="elsewhere is no journal"):
+            next(finished_entries(tmp_path / "elsewhere"))
 
     def test_text_that_no_encoding_takes(self, tmp_path):
         text = "half a pair \ud800, a line\nbreak, a separator \u2028, 漢字"

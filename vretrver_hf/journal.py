@@ -195,6 +195,44 @@ def current_shard() -> Shard:
     return Shard(state.process_index, state.num_processes, str(state.device))
 
 
+def finished_entries(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """
+    What a job has finished so far, to be looked at by whoever is not part of it: nothing is locked or written.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            A journal.
+
+    Returns:
+        iterator of `tuple`: key and value of each finished query, in the order in which each process finished them.
+
+    Raises:
+        `JournalError`: if there is no journal, or it is damaged.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from vretrver_hf.journal import Journal, finished_entries
+
+    >>> folder = tempfile.mkdtemp()
+    >>> with Journal(folder, {}) as journal:
+    ...     journal.append("q1", [2, 0, 1])
+    >>> dict(finished_entries(folder))
+    {'q1': [2, 0, 1]}
+
+    ```
+    """
+    if not (Path(folder) / _SETTINGS).is_file():
+        raise JournalError(f"{folder} is no journal; name the folder `journal` of a job")
+    seen: set[str] = set()
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        for _, entry in _read(path):
+            if "value" in entry and entry["key"] not in seen:
+                seen.add(entry["key"])
+                yield entry["key"], entry["value"]
+
+
 def _partial_state() -> Any:
     try:
         from accelerate import PartialState
@@ -273,4 +311,4 @@ def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             offset += len(line)
 
 
-__all__ = ["Journal", "JournalError", "Shard", "current_shard"]
+__all__ = ["Journal", "JournalError", "Shard", "current_shard", "finished_entries"]
