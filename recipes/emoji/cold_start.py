@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import multiprocessing
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +58,7 @@ def trajectories(
     max_turn_tokens: int = MAX_TURN_TOKENS,
 ) -> Iterator[TrajectoryRecord]:
     """
-    The first trajectories of the cold start.
+    The first trajectories of the cold start, played on all cores.
 
     Args:
         source (`Source`): Draws the examples.
@@ -67,17 +70,34 @@ def trajectories(
     Raises:
         ValueError: The agent loop saw something else than the oracle did.
     """
-    exporter = Exporter(source.art)
     told = collections.Counter() if told is None else told
-    for number in range(count):
-        example, rng = source.cold_start_example(number)
-        record = source.oracle.play(source.cases.plain(example), rng)
-        reranked = dataclasses.replace(exporter.rerank_example(example), query_id=f"cold-start-{number:05d}")
-        played = play_again(record, reranked, encoder, max_turn_tokens)
-        told["trajectories"] += 1
-        told["calls"] += played.trajectory.num_calls
-        told["right first"] += played.trajectory.order[0] == example.positive
-        yield played
+    source.prepare()  # once, before the workers are forked
+    context, workers = multiprocessing.get_context("fork"), len(os.sched_getaffinity(0))
+    tools = (source, encoder, Exporter(source.art), max_turn_tokens)
+    with ProcessPoolExecutor(workers, context, initializer=_adopt, initargs=(tools,)) as pool:
+        for played, is_right in pool.map(_play, range(count), chunksize=8):
+            told["trajectories"] += 1
+            told["calls"] += played.trajectory.num_calls
+            told["right first"] += is_right
+            yield played
+
+
+_TOOLS: tuple[Source, Encoder, Exporter, int] | None = None
+
+
+def _adopt(tools: tuple[Source, Encoder, Exporter, int]) -> None:
+    global _TOOLS
+    _TOOLS = tools
+
+
+def _play(number: int) -> tuple[TrajectoryRecord, bool]:
+    """A trajectory of the cold start, and whether it ranks the right candidate first."""
+    source, encoder, exporter, max_turn_tokens = _TOOLS
+    example, rng = source.cold_start_example(number)
+    record = source.oracle.play(source.cases.plain(example), rng)
+    reranked = dataclasses.replace(exporter.rerank_example(example), query_id=f"cold-start-{number:05d}")
+    played = play_again(record, reranked, encoder, max_turn_tokens)
+    return played, played.trajectory.order[0] == example.positive
 
 
 def play_again(record: Record, example: RerankExample, encoder: Encoder, max_turn_tokens: int) -> TrajectoryRecord:
