@@ -4,6 +4,7 @@ at the right place."""
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from cases import Case
 from examples import Placed, Scene
@@ -130,9 +131,18 @@ def miss_box(rng: random.Random) -> list[float]:
 
 def in_view(scene: Scene, seen: tuple[int, int, int, int]) -> bool:
     """Whether a region shows enough of the target to read it."""
-    target = scene.objects[scene.target]
-    spans = ((max(target.box[axis], seen[axis]), min(target.box[axis + 2], seen[axis + 2])) for axis in (0, 1))
-    return all(stop - start >= SEEN * target.side for start, stop in spans)
+    return shows(seen, scene.objects[scene.target].box)
+
+
+def shows(seen: Sequence[int], box: Sequence[int]) -> bool:
+    """
+    Whether a region shows enough of what stands in a box to read it.
+
+    >>> shows((0, 0, 100, 100), (60, 60, 102, 102)), shows((0, 0, 100, 100), (60, 60, 120, 120))
+    (True, False)
+    """
+    spans = ((max(box[axis], seen[axis]), min(box[axis + 2], seen[axis + 2])) for axis in (0, 1))
+    return all(stop - start >= SEEN * (box[2] - box[0]) for start, stop in spans)
 
 
 def _middle(thing: Placed, scene: Scene) -> tuple[float, float]:

@@ -46,7 +46,7 @@ def _draw_row(art: Art, example: Example) -> Image.Image:
     height = max(query.height, *(cell.height for cell in cells))
     row = Image.new("RGB", (QUERY_WIDTH + sum(cell.width + GAP for cell in cells) + 2 * GAP, height + 40), "white")
     draw = ImageDraw.Draw(row)
-    _draw_text(draw, example.kind, (GAP, 4), GREEN)
+    draw_text(draw, example.kind, (GAP, 4), GREEN)
     row.paste(query, (GAP, 22))
     left = QUERY_WIDTH + 2 * GAP
     for place, cell in enumerate(cells):
@@ -54,7 +54,7 @@ def _draw_row(art: Art, example: Example) -> Image.Image:
         row.paste(cell, (left, 22))
         frame = (left - 2, 20, left + cell.width + 1, height + 23)
         draw.rectangle(frame, outline=GREEN if right else GREY, width=3 if right else 1)
-        _draw_text(draw, str(example.relevance[place]), (left, height + 24), GREEN if right else BLACK)
+        draw_text(draw, str(example.relevance[place]), (left, height + 24), GREEN if right else BLACK)
         left += cell.width + GAP
     return row
 
@@ -67,14 +67,14 @@ def _width(entry: Entry) -> int:
 
 def _draw_entry(art: Art, entry: Entry, width: int) -> Image.Image:
     pictures = [] if entry.image is None else _pictures(art, entry.image)
-    lines = textwrap.wrap(_plain(entry.text or ""), width // 7)
+    lines = textwrap.wrap(plain(entry.text or ""), width // 7)
     cell = Image.new("RGB", (width, sum(picture.height + 4 for picture in pictures) + LINE * len(lines) + 4), "white")
     top = 2
     for picture in pictures:
         cell.paste(picture, (0, top))
         top += picture.height + 4
     for line in lines:
-        _draw_text(ImageDraw.Draw(cell), line, (2, top))
+        draw_text(ImageDraw.Draw(cell), line, (2, top))
         top += LINE
     return cell
 
@@ -94,13 +94,13 @@ def _pictures(art: Art, image: Drawing | Scene) -> list[Image.Image]:
     return [whole, near]
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Pillow's own font has neither accented letters nor curly apostrophes."""
     text = unicodedata.normalize("NFD", text.replace("’", "'"))
     return "".join(letter for letter in text if not unicodedata.combining(letter))
 
 
-def _draw_text(
+def draw_text(
     draw: ImageDraw.ImageDraw, text: str, place: tuple[int, int], colour: tuple[int, int, int] = BLACK
 ) -> None:
     draw.text(place, text, colour, font=ImageFont.load_default(12))

@@ -1,0 +1,368 @@
+"""Trained models side by side: figures by hand, who may be compared, and the launch lines that make it all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+from records import make_example as make_doors
+from records import make_records
+from tiny_models import make_processor
+
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "emoji"
+sys.path.insert(0, str(RECIPE))
+
+pytest.importorskip("datasets")
+
+import build_data  # noqa: E402
+import cold_start  # noqa: E402
+import gallery  # noqa: E402
+import proof  # noqa: E402
+from export import write_parquet  # noqa: E402
+from proof_runs import CURVES, NotComparable, find_runs, model_and_seed, share, summarize, training_minutes  # noqa: E402
+
+from vretrver_hf import Item  # noqa: E402
+from vretrver_hf.data.conversations import write_records  # noqa: E402
+from vretrver_hf.data.examples import RerankExample, to_row  # noqa: E402
+from vretrver_hf.encoding import Encoder  # noqa: E402
+from vretrver_hf.evaluation.job import QueryResult, Window  # noqa: E402
+from vretrver_hf.evaluation.results import write_results  # noqa: E402
+from vretrver_hf.evaluation.statistics import bootstrap_interval  # noqa: E402
+from vretrver_hf.journal import Journal  # noqa: E402
+
+
+KINDS = ("detail/clock/blob", "detail/face/place", "overview/any", "describe/person")
+SETTINGS = {"depth": 50, "preset": {"max_calls": 4}, "tools": True, "weights": "w"}
+ON, BESIDE = [0, 0, 50, 50], [60, 60, 90, 90]
+TARGET = [10, 10, 40, 40]
+
+
+def write_set(path: Path, kinds=KINDS, positives=(0, 1, 2, 0), name: str = "test", image: bytes | None = None) -> Path:
+    """A file of queries, each with three candidates, one of them right."""
+    rows = []
+    for number, (kind, positive) in enumerate(zip(kinds, positives, strict=True)):
+        candidates = [Item(text=f"candidate {place}", image=image) for place in range(3)]
+        task = kind.split("/")[0] if "/" in kind and kind.split("/")[0] in ("detail", "overview") else "t2i"
+        query = Item(text="a clock")
+        row = to_row(RerankExample(f"{name}-{number}", query, candidates, [positive], f"emoji/{task}"))
+        row["extra_info"] |= {"images": [], "target_boxes": [TARGET if task != "t2i" else []] * 3}
+        rows.append(row | {"ability": kind, "reward_model": {"style": "rule", "ground_truth": positive + 1}})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_parquet(path, rows)
+    return path
+
+
+def crop(index: int, box: list[int]) -> dict:
+    """An observation as a journal keeps it, as far as it is read."""
+    return {"role": "observation", "images": [{"index": index, "width": 56, "height": 56, "box": box}]}
+
+
+def evaluated(folder: Path, data: Path, firsts, calls=(0, 0, 0, 0), crops=(), fail=(), positives=(0, 1, 2, 0), **more):
+    """What `vretrver evaluate` writes of a model that puts these candidates first; each second call is refused."""
+    settings = {**SETTINGS, "model": str(folder.parent.parent.parent / folder.parent.name), "data": str(data), **more}
+    name = data.stem if data.parent.name != "other" else "other"
+    keys = [f"{name}-{number}" for number in range(len(firsts))]
+    with Journal(folder / "journal", settings) as journal:
+        for number, (key, first) in enumerate(zip(keys, firsts, strict=True)):
+            if number in fail:
+                journal.fail(key, "broken")
+                continue
+            made = calls[number]
+            window = Window("ok", "answer", made, (made + 1) // 2, 0, 100 + 10 * made, 20, 1.0)
+            turns = [{"turns": [crop(*each[1:]) for each in crops if each[0] == number]}]
+            order = [first, *(place for place in range(3) if place != first)]
+            right = {str(positives[number]): 1}
+            result = QueryResult(["0", "1", "2"], order, right, "ok", [window], turns)
+            journal.append(key, result.to_dict())
+        write_results(folder, folder.parent.name, settings, keys, ["emoji"] * len(keys), journal)
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """Two models, the second with two seeds, on four queries; of the second also the unseen artist."""
+    data = write_set(tmp_path / "test.parquet")
+    artist = write_set(tmp_path / "test_artist.parquet", KINDS[:2], (1, 1), "test_artist")
+    root = tmp_path / "evaluations"
+    evaluated(root / "rsft-0" / "test", data, (0, 0, 0, 0), calls=(1, 0, 0, 0))
+    seen = [(0, 1, ON), (0, 2, BESIDE), (2, 1, ON), (3, 1, BESIDE)]  # the last is of no scene
+    evaluated(root / "full-0" / "test", data, (0, 1, 2, 0), calls=(2, 2, 1, 0), crops=seen)
+    evaluated(root / "full-1" / "test", data, (0, 1, 1, 2), calls=(4, 1, 0, 0))
+    evaluated(root / "full-0" / "test_artist", artist, (1, 0), positives=(1, 1))
+    evaluated(root / "full-1" / "test_artist", artist, (0, 1), positives=(1, 1))
+    return root
+
+
+class TestFigures:
+    def test_means_over_queries_and_seeds(self, root):
+        rsft, full = summarize(root)["models"]
+        assert (rsft["name"], rsft["seeds"], full["name"], full["seeds"]) == ("rsft", [0], "full", [0, 1])
+        whole = full["sets"]["test"]["all"]
+        # Right: all four, and two of four; each query's value is its mean over the seeds.
+        assert whole["n"] == 4 and whole["hit@1"][0] == 0.75 and whole["by_seed"]["hit@1"] == [1.0, 0.5]
+        assert whole["hit@1"][1:] == pytest.approx(bootstrap_interval([1, 1, 0.5, 0.5]), abs=1e-4)
+        # Candidate 2, where 1 was put first, comes third; where candidate 2 was, candidate 0 comes second.
+        assert whole["mrr"][0] == pytest.approx((1 + 1 + (1 + 1 / 3) / 2 + (1 + 1 / 2) / 2) / 4, abs=1e-4)
+        assert whole["calls"][0] == (2 + 2 + 1 + 4 + 1) / 8 and whole["by_seed"]["calls"] == [1.25, 1.25]
+        assert whole["tokens"][0] == 112.5 and whole["ok"] == [1, 1, 1]
+        assert whole["valid_calls"][0] == (1 + 1 + 1 + 2 + 1) / 10
+        assert whole["on_target"][0] == pytest.approx(2 / 3, abs=1e-4)  # of the crops of scenes
+
+    def test_groups_are_tasks_and_kinds_of_scenes(self, root):
+        groups = summarize(root)["models"][1]["sets"]["test"]
+        expected = ["all", "detail", "overview", "t2i", "detail/clock/blob", "detail/face/place", "overview/any"]
+        assert list(groups) == expected
+        assert groups["detail"]["n"] == 2 and groups["detail"]["hit@1"][0] == 1.0
+        assert groups["overview"]["hit@1"] == [0.5, 0.5, 0.5]  # of one query no interval can be told
+        assert groups["t2i"]["valid_calls"] is None
+
+    def test_a_share_is_of_all_there_is(self):
+        mean, low, high = share(np.array([1.0, 0.0, 3.0, 0.0]), np.array([1.0, 0.0, 4.0, 3.0]))
+        assert mean == 0.5 and 0 <= low < 0.5 < high <= 1
+        assert share(np.zeros(3), np.zeros(3)) is None
+        assert share(np.array([1.0, 0.0]), np.array([2.0, 0.0])) == [0.5, 0.5, 0.5]
+
+    def test_differences_are_taken_query_by_query(self, root):
+        found = {(row["set"], row["group"], row["metric"]): row for row in summarize(root)["differences"]}
+        row = found["test", "all", "hit@1"]
+        assert (row["first"], row["second"]) == ("rsft", "full")
+        # rsft is right on the first and the last; per query full gains 0, 1, 0.5 and -0.5.
+        assert row["difference"][0] == 0.25 and (row["better"], row["worse"]) == (2, 1)
+        assert row["difference"][1:] == pytest.approx(bootstrap_interval([0, 1, 0.5, -0.5]), abs=1e-4)
+        assert found["test", "detail", "calls"]["difference"][0] == pytest.approx((3 - 1 + 1.5) / 2)
+        assert not [key for key in found if key[0] == "test_artist"]  # which rsft was not asked
+
+    def test_sets_say_what_was_asked(self, root):
+        sets = summarize(root)["sets"]
+        assert sets["test"] == {"n": 4, "mix": {"detail": 2, "overview": 1, "t2i": 1}}
+        assert sets["test_artist"] == {"n": 2, "mix": {"detail": 2}}
+
+
+class TestPairing:
+    def add(self, root, firsts=(0, 1, 2, 0), **more):
+        evaluated(root / "grpo-0" / "test", root.parent / "test.parquet", firsts, **more)
+
+    def test_other_queries(self, root):
+        self.add(root, firsts=(0, 1, 2))
+        with pytest.raises(
+            NotComparable, match="rsft-0 and grpo-0 were .* 1 are in one only, such as test-3 in rsft-0"
+        ):
+            summarize(root)
+
+    def test_another_file(self, root):
+        other = write_set(root.parent / "other" / "test.parquet", name="other")
+        evaluated(root / "sft-0" / "test", other, (0, 1, 2, 0))
+        with pytest.raises(NotComparable, match="rsft-0/test asked test-0, which other models were not"):
+            summarize(root)
+
+    def test_a_file_that_was_built_anew(self, root):
+        self.add(root, positives=(0, 1, 1, 0))
+        with pytest.raises(NotComparable, match="test-2 has another right answer"):
+            summarize(root)
+
+    def test_other_options(self, root):
+        self.add(root, depth=20)
+        with pytest.raises(NotComparable, match="on test with different depth"):
+            summarize(root)
+
+    def test_without_tools_is_comparable(self, root):
+        self.add(root, tools=False, weights="other")
+        assert [model["name"] for model in summarize(root)["models"]] == ["rsft", "grpo", "full"]
+
+    def test_failed_queries(self, root):
+        self.add(root, fail=[1])
+        with pytest.raises(NotComparable, match="grpo-0/test: 1 queries failed, such as test-1"):
+            summarize(root)
+
+    def test_an_evaluation_that_goes_on(self, root):
+        (root / "full-1" / "test" / "metrics.json").unlink()
+        with pytest.raises(NotComparable, match="full-1/test is not finished"):
+            summarize(root)
+
+    def test_names(self, root):
+        assert model_and_seed("full-need-12") == ("full-need", 12)
+        with pytest.raises(NotComparable, match="'full' is no name of a run"):
+            model_and_seed("full")
+        with pytest.raises(NotComparable, match="holds no evaluations"):
+            find_runs(root / "rsft-0")
+
+    def test_mistakes_are_told_by_the_command(self, root, tmp_path):
+        with pytest.raises(typer.BadParameter, match="holds no evaluations"):
+            proof.measure(tmp_path / "nothing", tmp_path / "proof.json")
+
+
+def state(folder: Path, step: int, history: list[dict]) -> None:
+    path = folder / f"checkpoint-{step}" / "trainer_state.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"log_history": history}))
+
+
+@pytest.fixture
+def trained(root) -> Path:
+    """What the trainings of `full` left behind."""
+    logged = [{"step": n + 1, **dict.fromkeys(CURVES.values(), 0.1 * n), "loss": 0.1} for n in range(12)]
+    logged[3].pop("evidence/calls")
+    for seed in (0, 1):
+        folder = root.parent / f"full-{seed}"
+        state(folder, 9, logged[:9])
+        state(folder, 12, [*logged, {"step": 12, "train_runtime": 1.0}])
+        accepted = folder / "accepted"
+        accepted.mkdir()
+        sft = {"stage": "sft", "seconds": 60.0, "datasets": ["nowhere"], "before": None}
+        rsft = {"stage": "rsft", "seconds": 30.0, "datasets": [str(accepted)], "before": sft}
+        record = {"stage": "grpo", "seconds": 300.0, "datasets": ["x"], "before": rsft, "device": "a GPU"}
+        (folder / "training.json").write_text(json.dumps(record))
+    return root
+
+
+class TestTraining:
+    def test_curves_are_those_of_the_last_checkpoint(self, trained):
+        evaluated(trained / "full-tools-off-0" / "test", trained.parent / "test.parquet", (0, 0, 0, 0), tools=False)
+        again = json.loads((trained / "full-tools-off-0" / "test" / "metrics.json").read_text())
+        again["settings"]["model"] = str(trained.parent / "full-0")
+        (trained / "full-tools-off-0" / "test" / "metrics.json").write_text(json.dumps(again))
+        curves = summarize(trained)["curves"]
+        assert list(curves) == ["full-0", "full-1"]  # a model is not trained again to be played otherwise
+        assert curves["full-0"]["step"] == list(range(1, 13))
+        assert curves["full-0"]["reward"][2] == 0.2 and curves["full-0"]["calls"][3] is None
+
+    def test_minutes_are_those_of_all_stages(self, trained):
+        folder = trained.parent / "full-0"
+        told = {"stages": ["sft", "rsft", "grpo"], "training": 6.5, "sampling": None, "device": "a GPU"}
+        assert training_minutes(folder) == told
+        assert proof._minutes([told]) == "6.5 + sampling"
+        (folder / "accepted" / "seconds.txt").write_text("90\n")
+        assert training_minutes(folder)["sampling"] == 1.5
+        assert proof._minutes([training_minutes(folder)]) == "8.0"
+        # The record of a training that was interrupted knows its last part only, its logs know all steps.
+        state(folder, 20, [{"step": step, "reward": 0, "step_time": 60.0} for step in (1, 2, 4, 20)])
+        assert training_minutes(folder)["training"] == 1.5 + 20
+        assert training_minutes(trained)["stages"] == [] and proof._minutes([training_minutes(trained)]) == "–"
+
+
+class TestReport:
+    def test_tables(self, trained, tmp_path, capsys):
+        proof.measure(trained, tmp_path / "proof.json")
+        told = capsys.readouterr().out
+        rows = [" ".join(line.split()) for line in told.splitlines()]
+        (full,) = (row for row in rows if row.startswith("| SFT, RSFT, GRPO | 2 | 4 | 75.0 ["))
+        assert full.endswith("| 1.25 | 60.0 | 112 | 100.0 | 6.5 + sampling |") and "| 50.0 [50.0, 50.0] |" in full
+        (difference,) = (row for row in rows if row.startswith("| SFT, RSFT, GRPO | SFT, RSFT | +25.0 ["))
+        assert "| – |" in difference  # the artist, whom one was not asked
+        assert "| detail | artist | 2 | – | 50.0 [50.0, 50.0] |" in rows
+        assert any(row.startswith("| detail/clock/blob | combination | 1 |") for row in rows)
+        assert "`test`, 4 queries: 2 detail, 1 overview, 1 t2i" in told and "guessing gives 20%" in told
+
+    def test_the_file_is_all_that_tables_and_plot_need(self, trained, tmp_path, capsys):
+        proof.measure(trained, tmp_path / "proof.json")
+        measured = capsys.readouterr().out
+        for suffix in ("svg", "png"):
+            proof.show(tmp_path / "proof.json", tmp_path / "proof.md", tmp_path / f"plot.{suffix}")
+        shown = capsys.readouterr().out
+        assert (tmp_path / "proof.md").read_text() in measured and (tmp_path / "proof.md").read_text() in shown
+        assert "<svg" in (tmp_path / "plot.svg").read_text()
+        assert np.asarray(Image.open(tmp_path / "plot.png").convert("L")).std() > 5
+        rerun = (tmp_path / "proof.json").read_bytes()
+        proof.measure(trained, tmp_path / "proof.json")
+        assert (tmp_path / "proof.json").read_bytes() == rerun
+
+    def test_without_curves_there_is_an_empty_plot(self, root, tmp_path):
+        proof.draw_curves(summarize(root), tmp_path / "plot.svg")
+        assert (tmp_path / "plot.svg").is_file()
+
+
+# --- the launch lines ------------------------------------------------------------------------------------------------
+
+
+STUBS = r"""
+say() { printf '%s\x1f' "$@"; printf '\x1e'; }
+for name in accelerate python vretrver; do eval "$name() { say $name \"\$@\"; }"; done
+mkdir -p outputs/emoji/proof/accepted
+"""
+SCRIPTS = {"build_data.py": build_data, "cold_start.py": cold_start, "proof.py": proof, "gallery.py": gallery}
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> list[list[str]]:
+    """Every command that the README's section runs, loops and variables resolved by the shell."""
+    text = (RECIPE / "README.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^## The proof\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", section, re.DOTALL))
+    where = tmp_path_factory.mktemp("launched")
+    command = ["bash", "-euc", STUBS + lines]
+    out = subprocess.run(
+        command, cwd=where, capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]}
+    )
+    return [line.split("\x1f")[:-1] for line in out.stdout.split("\x1e")[:-1]]
+
+
+def option(words: list[str], name: str) -> str | None:
+    return words[words.index(name) + 1] if name in words else None
+
+
+def test_trainings_parse(launched, tmp_path):
+    from test_recipes import CLASSES
+
+    from vretrver_hf.training._common import parse
+
+    encoder = Encoder(make_processor("qwen2_5_vl"), "qwen2_5_vl")
+    write_records(tmp_path, make_records(encoder, [make_doors(0)]))
+    trainings = [words for words in launched if words[0] == "accelerate"]
+    made, stages = {"outputs/tiny/stage0"}, []
+    for words in trainings:
+        place = next(n for n, word in enumerate(words) if word.startswith("vretrver_hf.training."))
+        stage, argv = words[place].rpartition(".")[2], words[place + 1 :]
+        argv[1] = str(RECIPE / Path(argv[1]).name)
+        more = ["--bf16", "false", "--use_cpu", "true"] + ["--dataset_name", str(tmp_path)] * (stage == "rsft")
+        script, training, model = parse(CLASSES[stage], argv + more)
+        assert model.model_name_or_path in made  # each begins with what an earlier line made
+        assert training.output_dir not in made
+        made.add(training.output_dir)
+        name, seed = model_and_seed(Path(training.output_dir).name)
+        assert training.seed == seed or stage != "grpo"
+        assert script.tools == (name != "grpo-no-tools")
+        assert getattr(script, "reward", "paper") == ("need" if name == "full-need" else "paper")
+        stages.append(stage)
+    assert stages[:2] == ["sft", "rsft"] and set(stages[2:]) == {"grpo"}
+
+
+def test_all_else_parses(launched):
+    import typer.main
+
+    from vretrver_hf.cli import app
+
+    trained = {option(words, "--output_dir") for words in launched if words[0] == "accelerate"}
+    runs = []
+    for words in (words for words in launched if words[0] != "accelerate"):
+        if words[:2] == ["python", "-m"]:
+            name = {"vretrver_hf.evaluation": "evaluate"}[words[2]]
+            command, rest = typer.main.get_command(app).commands[name], words[3:]
+            assert option(words, "--model") in trained
+            runs.append((Path(option(words, "--out")).parent.name, Path(option(words, "--out")).name))
+        elif words[0] == "vretrver":
+            command, rest = typer.main.get_command(app).commands[words[1]], words[2:]
+        else:
+            module = SCRIPTS[Path(words[1]).name]
+            command, rest = command_of(module), words[2:]
+            if hasattr(command, "commands"):
+                command, rest = command.commands[rest[0]], rest[1:]
+        command.make_context(command.name or "script", list(rest))  # an unknown option raises
+    names = {model_and_seed(run)[0] for run, _ in runs}
+    assert names == set(proof.MODELS) and {name for _, name in runs} == {"test", "test_artist"}
+    assert len(set(runs)) == len(runs)
+
+
+def command_of(module):
+    app = getattr(module, "app", None)
+    if app is None:
+        app = typer.Typer()
+        app.command()(module.main)
+    return typer.main.get_command(app)
