@@ -68,6 +68,7 @@ TRACES = {
     "wrong at once": (DETAIL, [BAD], set()),
     "wrong and refused": (DETAIL, [REFUSED, BAD], set()),
     "wrong at a glance": (OVERVIEW, [SELECT, BAD], {"wrong"}),
+    "needed after all": (DETAIL, [hit(1), SELECT, hit(2), GOOD], set()),
     "needless": (OVERVIEW, [SELECT, GOOD], {"needless"}),
     "needless crop": (OVERVIEW, [hit(2), GOOD], {"needless"}),
     "a glance": (OVERVIEW, [GOOD], set()),

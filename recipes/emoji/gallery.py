@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import random
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,7 @@ CELL = 168
 """Side of a picture on the page: twice what the model sees of a candidate, and one and a half times what it sees of a
 crop. It is enlarged from that, since with more pixels it would show what the model cannot see."""
 PAGE, COMMENTS = "README.md", "comments.yaml"
+ATTRIBUTION = Path(__file__).with_name("ATTRIBUTION.md")
 
 
 class Look(NamedTuple):
@@ -103,7 +105,8 @@ class Trace:
 
 
 def recovered(trace: Trace) -> bool:
-    """A detail found after a call that was refused or a crop beside it: the next look at the same candidate met it."""
+    """A detail put first after a crop beside it and a later one of the same candidate that shows it; or, after a call
+    that was refused, any later crop that shows one."""
     looks = trace.looks if trace.is_detail and trace.is_right else []
     return any(
         later.on_target and (first.on_target is False and later.number == first.number or first.turn.valid is False)
@@ -129,12 +132,12 @@ def needless(trace: Trace) -> bool:
 
 
 SORTS: dict[str, tuple[str, Callable[[Trace], bool]]] = {
-    "recovery": ("Right after a look that failed", recovered),
     "needed": ("Right, and the crop was needed", needed),
+    "recovery": ("Right after a look that failed", recovered),
     "wrong": ("Wrong", wrong),
     "needless": ("Right, and the call was needless", needless),
 }
-"""Sorts of traces, rarest first: a trace is taken once. Each with its heading and its rule."""
+"""Sorts of traces, each with its heading and its rule. No trace is of two sorts."""
 
 
 def main(
@@ -189,15 +192,11 @@ def choose(traces: Iterator[Trace] | Sequence[Trace], count: int, seed: int) -> 
     Returns:
         `list[tuple[str, Trace]]`: The sort of each, and the trace.
     """
-    rest = sorted(traces, key=lambda trace: trace.key)
-    random.Random(seed).shuffle(rest)
-    chosen = []
-    for sort, (_, fits) in SORTS.items():
-        found = list(itertools.islice(filter(fits, rest), count))
-        chosen += [(sort, trace) for trace in found]
-        taken = {trace.key for trace in found}
-        rest = [trace for trace in rest if trace.key not in taken]
-    return chosen
+    order = sorted(traces, key=lambda trace: trace.key)
+    random.Random(seed).shuffle(order)
+    return [
+        (sort, trace) for sort, (_, fits) in SORTS.items() for trace in itertools.islice(filter(fits, order), count)
+    ]
 
 
 def read_comments(path: Path, keys: Sequence[str]) -> dict[str, str]:
@@ -244,12 +243,14 @@ def write_gallery(
     rows = {key: row for row, key in enumerate(examples.query_ids)}
     for old in out.glob("*.webp"):
         old.unlink()
-    rules = "\n".join(f"- **{title}:** {rule.__doc__}" for title, rule in SORTS.values())
+    rules = "\n".join(f"- **{title}:** {' '.join(rule.__doc__.split())}" for title, rule in SORTS.values())
+    credit = os.path.relpath(ATTRIBUTION, out)
     parts = [
         f"# Traces of {name}\n",
         f"The first of each sort in an order drawn from seed {seed}, whatever they look like:\n",
         f"{rules}\n",
-        "Pictures are enlarged from what the model saw. The right candidate has a green frame, a crop a red one.\n",
+        "Pictures are enlarged from what the model saw. The right candidate has a green frame, a crop a red one.",
+        f"The drawings are other people's work, openly licensed: see [{ATTRIBUTION.name}]({credit}).\n",
     ]
     for number, (sort, trace) in enumerate(chosen, start=1):
         example, picture = examples[rows[trace.key]], f"{number:02d}.webp"
@@ -285,30 +286,35 @@ def draw_trace(example: RerankExample, trace: Trace) -> Image.Image:
     """
     items = [example.query, *example.candidates]
     opening = {ref.index: ref for ref in trace.trajectory.turns[0].images}
-    crops = list(_crops(trace))
+    shown = list(_shown(trace))
     above = []
     for number, item in enumerate(items):
         if number or item.image is not None:
-            boxes = [(label, ref.box) for label, ref in crops if ref.index == number and ref.box]
+            boxes = [(label, ref.box) for label, ref, _ in shown if ref.index == number and ref.box]
             cell = _cell(item, opening.get(number), boxes)
             colour = GREEN if number == trace.positive + 1 else GREY
             above.append(_framed(cell, str(number) if number else "query", colour))
-    below = [_framed(_seen(items[ref.index], ref), f"{label}: of {ref.index}", GREY) for label, ref in crops]
+    below = [
+        _framed(_seen(items[ref.index], ref), f"{label}: of {ref.index or 'query'}{', beside' * missed}", GREY)
+        for label, ref, missed in shown
+    ]
     strips = [_beside(cells) for cells in (above, below) if cells]
     return _beneath(strips)
 
 
-def _crops(trace: Trace) -> Iterator[tuple[str, ImageRef]]:
-    """What calls showed, each with its letter."""
-    refs = (ref for look in trace.looks if look.reply for ref in look.reply.images)
-    return zip(itertools.chain("abcdefghijklmnopqrstuvwxyz", itertools.repeat("?")), refs, strict=False)
+def _shown(trace: Trace) -> Iterator[tuple[str, ImageRef, bool]]:
+    """What calls showed, each with its letter, and whether it is a crop beside what is asked for."""
+    shown = ((ref, look.on_target is False) for look in trace.looks if look.reply for ref in look.reply.images)
+    letters = itertools.chain("abcdefghijklmnopqrstuvwxyz", itertools.repeat("?"))
+    for letter, (ref, missed) in zip(letters, shown, strict=False):
+        yield letter, ref, missed
 
 
 def _section(number: int, title: str, example: RerankExample, trace: Trace, picture: str, comment: str) -> str:
     trajectory = trace.trajectory
     asked = example.query.text or "the picture"
-    facts = f"`{trace.key}`, {trace.kind}; right is {trace.positive + 1}; {trajectory.num_calls} calls, "
-    facts += f"{trajectory.num_tokens} tokens"
+    calls = f"{trajectory.num_calls} call{'' if trajectory.num_calls == 1 else 's'}"
+    facts = f"`{trace.key}`, {trace.kind}; right is {trace.positive + 1}; {calls}, {trajectory.num_tokens:,} tokens"
     remark = comment or "*(no remark yet)*"
     lines = [f"## {number}. {title}\n", f"**{asked}**\n", f"{facts}\n", f"![What the model saw]({picture})\n"]
     return "\n".join([*lines, "~~~text", *_words(trace), "~~~\n", f"> {remark}\n"])
@@ -316,7 +322,7 @@ def _section(number: int, title: str, example: RerankExample, trace: Trace, pict
 
 def _words(trace: Trace) -> Iterator[str]:
     """What the model wrote, and in short what it was told."""
-    letters = {id(ref): label for label, ref in _crops(trace)}
+    letters = {id(ref): label for label, ref, _ in _shown(trace)}
     for turn in trace.trajectory.turns[1:]:
         if turn.role == "assistant":
             yield turn.text.removesuffix("<|im_end|>").strip()
