@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import os
 import re
@@ -27,6 +28,8 @@ import build_data  # noqa: E402
 import cold_start  # noqa: E402
 import gallery  # noqa: E402
 import proof  # noqa: E402
+import proof_runs  # noqa: E402
+import searching  # noqa: E402
 from export import write_parquet  # noqa: E402
 from proof_runs import CURVES, NotComparable, find_runs, model_and_seed, share, summarize, training_minutes  # noqa: E402
 
@@ -101,6 +104,12 @@ def root(tmp_path) -> Path:
     return root
 
 
+@pytest.mark.parametrize("module", [proof, proof_runs, searching], ids=lambda module: module.__name__)
+def test_what_docstrings_show(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0 and result.failed == 0
+
+
 class TestFigures:
     def test_means_over_queries_and_seeds(self, root):
         rsft, full = summarize(root)["models"]
@@ -112,7 +121,7 @@ class TestFigures:
         # Candidate 2, where 1 was put first, comes third; where candidate 2 was, candidate 0 comes second.
         assert whole["mrr"][0] == pytest.approx((1 + 1 + (1 + 1 / 3) / 2 + (1 + 1 / 2) / 2) / 4, abs=1e-4)
         assert whole["calls"][0] == (2 + 2 + 1 + 4 + 1) / 8 and whole["by_seed"]["calls"] == [1.25, 1.25]
-        assert whole["tokens"][0] == 112.5 and whole["ok"] == [1, 1, 1]
+        assert whole["tokens"][0] == 112.5 and whole["ok"] == [1, 0.5101, 1]  # Wilson's, where all succeed
         assert whole["valid_calls"][0] == (1 + 1 + 1 + 2 + 1) / 10
         assert whole["on_target"][0] == pytest.approx(2 / 3, abs=1e-4)  # of the crops of scenes
 
@@ -253,8 +262,9 @@ class TestReport:
         proof.measure(trained, tmp_path / "proof.json")
         told = capsys.readouterr().out
         rows = [" ".join(line.split()) for line in told.splitlines()]
-        (full,) = (row for row in rows if row.startswith("| SFT, RSFT, GRPO | 2 | 4 | 75.0 ["))
-        assert full.endswith("| 1.25 | 60.0 | 112 | 100.0 | 6.5 + sampling |") and "| 50.0 [50.0, 50.0] |" in full
+        (full,) = (row for row in rows if row.startswith("| SFT, RSFT, GRPO | 4 | 75.0 ["))
+        assert "] | 100.0, 50.0 | 0.8" in full and "| 50.0 [50.0, 50.0] |" in full
+        assert full.endswith("| 1.25 | 60.0 | 112 | 100.0 | 6.5 + sampling |")
         (difference,) = (row for row in rows if row.startswith("| SFT, RSFT, GRPO | SFT, RSFT | +25.0 ["))
         assert "| – |" in difference  # the artist, whom one was not asked
         assert "| detail | artist | 2 | – | 50.0 [50.0, 50.0] |" in rows
@@ -274,6 +284,9 @@ class TestReport:
         proof.measure(trained, tmp_path / "proof.json")
         assert (tmp_path / "proof.json").read_bytes() == rerun
 
+    def test_a_running_mean_of_few_steps(self):
+        assert proof.running_mean(np.array([1.0, np.nan, 3.0])).tolist() == [2.0, 2.0, 2.0]
+
     def test_without_curves_there_is_an_empty_plot(self, root, tmp_path):
         proof.draw_curves(summarize(root), tmp_path / "plot.svg")
         assert (tmp_path / "plot.svg").is_file()
@@ -284,6 +297,7 @@ class TestReport:
 
 STUBS = r"""
 say() { printf '%s\x1f' "$@"; printf '\x1e'; }
+pip() { :; }
 for name in accelerate python vretrver; do eval "$name() { say $name \"\$@\"; }"; done
 mkdir -p outputs/emoji/proof/accepted
 """
