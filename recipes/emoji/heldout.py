@@ -1,5 +1,5 @@
 """
-What trained models are compared on: fixed numbers of queries of each task, mixed, of which training asks none.
+What trained models are compared on: fixed numbers of held-out queries of each task, mixed.
 
 A third asks for details, which only tools can tell, and a sixth for what a glance at a scene is enough for, so that
 calls that are needed and calls that are not both weigh. The rest is every other task in equal parts.
@@ -41,7 +41,8 @@ HELD_OUT = {
         "test_artist", {"detail": 200, "overview": 100, **dict.fromkeys(("t2i", "i2i", "i2t", "it2i"), 75)}
     ),
 }
-"""Name of each set: 2,400 held-out combinations, wordings and layouts, and 600 queries about an artist never seen."""
+"""Name of each set: 2,400 held-out combinations, wordings and layouts, of which training asks none, and 600 queries
+about an artist never seen, which training may have asked about others."""
 
 
 def draw_held_out(makers: dict[str, Any], name: str, counts: dict[str, int], seed: int) -> list[Example]:
