@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import select
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -31,7 +33,7 @@ class ScriptedTeacher:
     Serves `/v1/chat/completions` on a port of its own. Used as a context manager.
 
     `script` gets the request and how often the same one came before, and returns the text of the reply, the fields of
-    its message, a [`Reply`], or seconds to stay silent for.
+    its message, a [`Reply`], or seconds to stay silent for. `num_left` counts who does not wait for that long.
     """
 
     def __init__(self, script: Callable[[dict[str, Any], int], str | dict[str, Any] | Reply | float]):
@@ -39,6 +41,7 @@ class ScriptedTeacher:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.most_at_once = 0
+        self.num_left = 0
         self._at_once = 0
         self._seen: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -59,7 +62,7 @@ class ScriptedTeacher:
         self._server.shutdown()
         self._server.server_close()
 
-    def _answer(self, body: dict[str, Any], headers: dict[str, str]) -> Reply:
+    def _answer(self, body: dict[str, Any], headers: dict[str, str], connection: socket.socket) -> Reply:
         key = json.dumps(body, sort_keys=True)
         with self._lock:
             self.requests.append(body)
@@ -71,7 +74,7 @@ class ScriptedTeacher:
         try:
             reply = self.script(body, before)
             if isinstance(reply, float):
-                self._ended.wait(reply)
+                self._stay_silent(reply, connection)
                 return Reply(cut=True)
         finally:
             with self._lock:
@@ -84,14 +87,23 @@ class ScriptedTeacher:
             body={"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
         )
 
+    def _stay_silent(self, seconds: float, connection: socket.socket) -> None:
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends and not self._ended.wait(0.02):
+            if select.select([connection], [], [], 0)[0]:  # nothing more is sent, so the client has closed
+                with self._lock:
+                    self.num_left += 1
+                return
+
     def _handler(teacher) -> type[BaseHTTPRequestHandler]:  # noqa: N805
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                headers = {name.lower(): value for name, value in self.headers.items()}
                 with contextlib.suppress(OSError):  # a client that was killed or has lost patience
-                    self._send(teacher._answer(body, {name.lower(): value for name, value in self.headers.items()}))
+                    self._send(teacher._answer(body, headers, self.connection))
 
             def _send(self, reply: Reply) -> None:
                 data = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()

@@ -250,18 +250,81 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(make_reranker,
     assert secret not in caplog.text and secret not in repr(vars(caught.value))
 
 
+class Enough(Exception):
+    """What a caller raises who does not want to wait any more."""
+
+
+def begin(engine, query="q"):
+    """A conversation that waits for its first turn."""
+    task = AgentTask(Item(text=query), [Item(text="a"), Item(text="b")], PRESET)
+    session = engine.open(query)
+    engine.submit(session, engine.encoder.prompt(task.messages(), [].__getitem__, PRESET), Sampling())
+    return session
+
+
+def wait_for(condition) -> None:
+    ends = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < ends, "it never came"
+        time.sleep(0.02)
+
+
 def test_closing_ends_the_request(make_reranker):
     with ScriptedTeacher(lambda body, before: 30.0) as server:
-        reranker = make_reranker(server.url)
-        session = reranker.engine.open("a")
-        task = AgentTask(Item(text="q"), [Item(text="a"), Item(text="b")], PRESET)
-        encoded = reranker.engine.encoder.prompt(task.messages(), [].__getitem__, PRESET)
-        reranker.engine.submit(session, encoded, Sampling())
+        engine = make_reranker(server.url, timeout=30).engine
+        session = begin(engine)
         with pytest.raises(RuntimeError, match="already waits"):
-            reranker.engine.submit(session, encoded, Sampling())
-        reranker.engine.close(session)
-        reranker.engine.close(session)  # closing twice is harmless
-        assert reranker.engine.poll([session]) == []
+            engine.submit(session, None, Sampling())
+        wait_for(lambda: server.requests)
+        engine.close(session)
+        wait_for(lambda: server.num_left == 1)
+        engine.close(session)  # closing twice is harmless
+        assert engine.poll([session]) == []
+
+
+def test_who_waits_is_asked_all_the_time_whether_to_go_on(make_reranker):
+    calls = []
+
+    def count():
+        calls.append(time.monotonic())
+        if len(calls) == 6:
+            raise Enough
+
+    with ScriptedTeacher(lambda body, before: 30.0) as server:
+        engine = make_reranker(server.url, timeout=30).engine
+        session = begin(engine)
+        engine.on_token = count
+        with pytest.raises(Enough):
+            engine.poll([session])
+        assert (calls[-1] - calls[0]) / 5 < 0.3  # 0.1 on a machine with nothing else to do
+        engine.close(session)
+        wait_for(lambda: server.num_left == 1)
+
+
+def test_stopping_to_wait_leaves_every_conversation_as_it_was(make_reranker):
+    """One is closed; another goes on, and so does one that was asked for and is asked for again."""
+
+    def stop():
+        raise Enough
+
+    def script(body, before):
+        if query_of(body) == "silent":
+            return 30.0
+        time.sleep(1)
+        return ANSWER
+
+    with ScriptedTeacher(script) as server:
+        engine = make_reranker(server.url, timeout=30).engine
+        silent, asked, other = (begin(engine, name) for name in ("silent", "asked", "other"))
+        engine.on_token = stop
+        for _ in range(2):
+            with pytest.raises(Enough):
+                engine.poll([silent, asked])
+        engine.on_token = None
+        engine.close(silent)
+        (first,), (second,) = engine.poll([asked]), engine.poll([other])
+    assert (first.session, second.session) == (asked, other) and first.text == second.text == ANSWER
+    assert len(server.requests) == 3 and server.num_left == 1
 
 
 def test_the_protocol_saved_beside_a_model_is_played(bundled, monkeypatch):

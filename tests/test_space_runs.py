@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from teacher import ScriptedTeacher
 from tiny_models import make_model, make_processor
 
 from vretrver_hf import Item, ItemError, Reranker
 from vretrver_hf.chat_templates import apply_to
 from vretrver_hf.engines import Sampling
+from vretrver_hf.engines.openai import OpenAIEngine
 from vretrver_hf.engines.transformers import TransformersEngine
 from vretrver_hf.protocol import get_preset
 
@@ -63,6 +65,22 @@ def test_the_stage_can_be_used_again(stage):
     short = Reranker(stage.reranker.engine, stage.reranker.preset, sampling=Sampling(max_turn_tokens=4))
     *_, ranking = stage.play(Run(60), short, *ITEMS)
     assert sorted(ranking.order) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("deadline", "reason"), [(60, "Cancelled"), (0.5, "longer than 0.5 seconds")])
+def test_a_model_behind_an_endpoint_is_stopped_too(deadline, reason):
+    """In the middle of a request, which ends with it."""
+    with ScriptedTeacher(lambda body, before: 30.0) as server:
+        with OpenAIEngine("m", server.url, timeout=30) as engine:
+            run = Run(deadline)
+            threading.Timer(1, run.cancel).start()
+            started = time.monotonic()
+            with pytest.raises(Stopped, match=reason):
+                exhaust(Stage(Reranker(engine, get_preset("foveated"))), run)
+            assert time.monotonic() - started < 10
+            while not server.num_left:
+                assert time.monotonic() - started < 10, "the request was not closed"
+                time.sleep(0.05)
 
 
 def test_a_new_run_of_a_visitor_stops_the_one_before():

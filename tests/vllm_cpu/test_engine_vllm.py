@@ -100,25 +100,57 @@ def test_control_tokens_are_never_sampled_and_truncated_draws_have_no_logprobs(r
     assert all(turn.logprobs is None for turn in truncated.assistant_turns)
 
 
-def test_closing_in_the_middle_of_a_turn_leaves_the_others_as_they_were(rerankers):
-    fast, plain = rerankers
-    samples = load_samples()[:3]
-    tasks = [AgentTask(s.query, s.candidates, fast.preset, query_id=s.id) for s in samples]
-    engine, sessions = fast.engine, []
+def begin(reranker, count):
+    """Conversations that wait for their first turn, and their tasks."""
+    tasks = [AgentTask(s.query, s.candidates, reranker.preset, query_id=s.id) for s in load_samples()[:count]]
+    engine, sessions = reranker.engine, []
     for task in tasks:
         pictures = [item.load_image() if item.image is not None else None for item in [task.query, *task.candidates]]
-        encoded = engine.encoder.prompt(task.messages(), pictures.__getitem__, fast.preset)
+        encoded = engine.encoder.prompt(task.messages(), pictures.__getitem__, reranker.preset)
         sessions.append(engine.open(task.query_id))
-        engine.submit(sessions[-1], encoded, fast.sampling)
-    engine.close(sessions[0])
-    left = {sessions[1], sessions[2]}
+        engine.submit(sessions[-1], encoded, reranker.sampling)
+    return sessions, tasks
+
+
+def finish(engine, plain, sessions, tasks) -> None:
+    """Plays these turns to their ends, which are those of the other engine."""
     results = {}
-    while left - set(results):
-        results |= {result.session: result for result in engine.poll(left - set(results))}
-    for session, (reference,) in zip(sessions[1:], [play(plain.engine, [task]) for task in tasks[1:]], strict=True):
+    while left := set(sessions) - set(results):
+        results |= {result.session: result for result in engine.poll(left)}
+    for session, (reference,) in zip(sessions, [play(plain.engine, [task]) for task in tasks], strict=True):
         assert results[session].token_ids == reference.turns[1].token_ids[: reference.turns[1].num_sampled]
         engine.close(session)
     assert not engine._requests and not engine.llm.llm_engine.has_unfinished_requests()
+
+
+def test_closing_in_the_middle_of_a_turn_leaves_the_others_as_they_were(rerankers):
+    fast, plain = rerankers
+    sessions, tasks = begin(fast, 3)
+    fast.engine.close(sessions[0])
+    finish(fast.engine, plain, sessions[1:], tasks[1:])
+
+
+def test_who_waits_is_asked_at_each_step_whether_to_go_on(rerankers):
+    """In the middle of a turn; what is closed then is aborted, and all others go on."""
+    fast, plain = rerankers
+    engine, calls = fast.engine, []
+
+    def stop():
+        calls.append(None)
+        if len(calls) == 4:
+            raise InterruptedError
+
+    sessions, tasks = begin(fast, 3)
+    engine.on_token = stop
+    try:
+        with pytest.raises(InterruptedError):
+            engine.poll(sessions[:2])
+    finally:
+        engine.on_token = None
+    assert len(engine._requests) == 3
+    engine.close(sessions[0])
+    assert engine.llm.llm_engine.get_num_unfinished_requests() == 2
+    finish(engine, plain, sessions[1:], tasks[1:])
 
 
 def test_what_vllm_refuses_costs_its_query_only(rerankers):

@@ -18,6 +18,9 @@ from .base import Engine, Sampling, Session, TurnResult
 
 _CALL, _END_OF_CALL = "<tool_call>", "</tool_call>"
 
+_LOOK_UP = 0.1
+"""Seconds of waiting between two calls of `on_token`: tokens are not seen as they come."""
+
 
 class OpenAIEngine(Engine):
     """
@@ -120,7 +123,12 @@ class OpenAIEngine(Engine):
 
     def poll(self, sessions: Collection[Session]) -> list[TurnResult]:
         asked = {s.turn_under_way: s for s in sessions if s.turn_under_way is not None}
-        done, _ = concurrent.futures.wait(asked, return_when=concurrent.futures.FIRST_COMPLETED)
+        while True:
+            done, waiting = concurrent.futures.wait(asked, _LOOK_UP, concurrent.futures.FIRST_COMPLETED)
+            if done or not waiting:
+                break
+            if self.on_token is not None:
+                self.on_token()
         for future in done:
             asked[future].turn_under_way = None
         return [future.result() for future in done]

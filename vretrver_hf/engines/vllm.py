@@ -162,6 +162,8 @@ class VLLMEngine(Engine):
                 return [self._done.pop(session) for session in asked]
             if not self._requests:
                 return []
+            if self.on_token is not None:
+                self.on_token()
             for output in self._step():
                 if output.finished and output.request_id in self._requests:
                     result = self._finish(self._requests.pop(output.request_id), output)
