@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from bodies import BodyLimit
 from gradio_client.utils import is_http_url_like
 from inputs import from_form, from_texts
 from limits import Limits
 from runs import Runs, Stage, Stopped
+from starlette.middleware import Middleware
 
 from vretrver_hf import Item, ItemError, Ranking, Reranker
 from vretrver_hf.html import LiveTrace, items_fragment, ranking_fragment, ranking_html, trace_css
@@ -363,6 +365,7 @@ def launch(page: gr.Blocks, limits: Limits, **options: Any) -> Any:
     return page.launch(
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         head=f"<style>{trace_css()}</style>",
+        app_kwargs={"middleware": [Middleware(BodyLimit, limits=limits)]},
         max_file_size=limits.max_bytes,
         mcp_server=importlib.util.find_spec("mcp") is not None,
         ssr_mode=False,

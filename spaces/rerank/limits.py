@@ -17,7 +17,9 @@ class Limits:
         max_candidates (`int`, *optional*, defaults to 20):
             Most candidates.
         max_bytes (`int`, *optional*, defaults to 10 MiB):
-            Most bytes of one uploaded file.
+            Most bytes of one picture. An upload may have as many of these as there may be pictures.
+        max_request_bytes (`int`, *optional*, defaults to 32 MiB):
+            Most bytes of any other request: those of programs hold their pictures.
         max_pixels (`int`, *optional*, defaults to 24,000,000):
             Most pixels that a picture declares.
         max_characters (`int`, *optional*, defaults to 2000):
@@ -34,6 +36,7 @@ class Limits:
 
     max_candidates: int = 20
     max_bytes: int = 10 * 2**20
+    max_request_bytes: int = 32 * 2**20
     max_pixels: int = 24_000_000
     max_characters: int = 2000
     max_queue: int = 32
@@ -46,6 +49,11 @@ class Limits:
         """The bounds that the operator set, and else the defaults."""
         names = {field.name: f"VRETRVER_{field.name.upper()}" for field in dataclasses.fields(cls)}
         return cls(**{name: int(os.environ[variable]) for name, variable in names.items() if variable in os.environ})
+
+    @property
+    def max_upload_bytes(self) -> int:
+        """Most bytes of an upload: the candidates' pictures, with 4 KiB of headers each."""
+        return self.max_candidates * (self.max_bytes + 4096)
 
     @property
     def images(self) -> ImageLimits:

@@ -6,12 +6,19 @@ import ast
 import asyncio
 import base64
 import json
+import sys
 from pathlib import Path
 
 import httpx
 import pytest
 
 from vretrver_hf.samples import load_samples
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "spaces" / "rerank"))
+
+from bodies import UPLOAD  # noqa: E402
+from limits import Limits  # noqa: E402
 
 
 SAMPLE = next(sample for sample in load_samples() if sample.candidates[0].image is not None)
@@ -59,10 +66,8 @@ def test_the_form_fetches_no_url(space):
 
 
 def test_no_input_of_the_page_or_of_the_api_fetches(monkeypatch):
-    import gradio as gr
-
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "spaces" / "rerank"))
     import app
+    import gradio as gr
 
     monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", lambda *_: pytest.fail("fetched"))
     page = app.build(app.Space([app.BUNDLED], app.Limits()))
@@ -71,6 +76,59 @@ def test_no_input_of_the_page_or_of_the_api_fetches(monkeypatch):
         for url in ("http://example.org/a.png", "https://example.org/a.png"):
             with pytest.raises(gr.Error, match="URLs are not fetched here"):
                 asyncio.run(block.async_move_resource_to_block_cache(url))
+
+
+ROUTES = ["queue/join", "call/rerank", "run/rerank", "component_server", "mcp/"]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("declared", [True, False])
+def test_no_body_is_read_that_is_too_large(space, route, declared):
+    size = Limits().max_request_bytes + 1
+
+    def pieces():
+        for start in range(0, size, 2**20):
+            yield b" " * min(2**20, size - start)
+
+    content = b" " * size if declared else pieces()
+    headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+    told = httpx.post(f"{space}/gradio_api/{route}", content=content, headers=headers, timeout=60)
+    assert told.status_code == 413
+    if declared or route != "mcp/":  # which has a bound of its own
+        assert told.text == "the request is larger than the 33,554,432 bytes allowed here"
+
+
+def test_uploads_may_be_larger_but_not_without_end(space):
+    """As many pictures as there may be candidates, and each of them in bounds."""
+    limits = Limits(max_candidates=8)  # as the fixture sets it
+    largest = [("files", (f"{number}.png", b"x" * limits.max_bytes)) for number in range(8)]
+    told = httpx.post(f"{space}{UPLOAD}", files=largest, timeout=120)
+    assert told.status_code == 200 and len(told.json()) == 8
+    folder = Path(told.json()[0]).parents[1]
+    before = set(folder.iterdir())
+    told = httpx.post(f"{space}{UPLOAD}", files=[*largest, ("files", ("8.png", b"x" * 100_000))], timeout=120)
+    assert told.status_code == 413 and f"{limits.max_upload_bytes:,} bytes" in told.text
+    told = httpx.post(f"{space}{UPLOAD}", files={"files": ("9.png", b"x" * (limits.max_bytes + 1))}, timeout=120)
+    assert told.status_code == 413 and "maximum allowed size" in told.text
+    assert before == set(folder.iterdir())  # nothing of what was refused stays
+
+
+def test_an_upload_that_declares_no_size_leaves_nothing_behind(space):
+    limits = Limits(max_candidates=8)
+    folder = Path(httpx.post(f"{space}{UPLOAD}", files={"files": ("a.png", b"x")}).json()[0]).parents[1]
+    before = set(folder.iterdir())
+
+    def pieces():
+        for number in range(9):
+            yield b'--x\r\nContent-Disposition: form-data; name="files"; filename="%d.png"\r\n\r\n' % number
+            yield from [b"x" * 2**20] * (limits.max_bytes // 2**20)
+            yield b"\r\n"
+        yield b"--x--\r\n"
+
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    told = httpx.post(f"{space}{UPLOAD}", content=pieces(), headers=headers, timeout=120)
+    assert told.status_code == 413 and f"{limits.max_upload_bytes:,} bytes" in told.text
+    assert before == set(folder.iterdir())
 
 
 def test_as_a_tool_of_an_agent(space):
