@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 
+import torch
 import uvicorn
 from scripted import ScriptedEngine
 
@@ -42,6 +43,8 @@ class Numbers(ScriptedEngine):
         self.turns.append(query_id)
         if "Query: crash" in prompt:
             raise MemoryError("out of memory")
+        if "Query: device" in prompt:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
         if "Query: look" in prompt and turn == 0:
             return format_turn("closer", format_call("select_images", {"target_images": [1]}))
         numbers = re.findall(r"^\(\d+\) .*?(\d+)$", prompt, re.MULTILINE)

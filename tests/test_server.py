@@ -13,11 +13,13 @@ from urllib.parse import urlsplit
 import cohere
 import httpx
 import pytest
+import torch
 from serving import PRESET, Numbers, Serving
 from tiny_models import make_processor
 
 from vretrver_hf import Reranker
 from vretrver_hf.encoding import Encoder
+from vretrver_hf.engines import EngineError
 from vretrver_hf.protocol import get_preset
 from vretrver_hf.server import Limits, app, connections, create_app
 
@@ -523,7 +525,29 @@ class TestConcurrency:
             wait_for(lambda: metric(server, "vretrver_requests_here") == 6)
             engine.go.set()
             assert [future.result().status_code for future in futures] == [502] * 6
-        assert httpx.get(server.url + "/health").status_code == 503 and post(server).status_code == 503
+        assert health(server) == (503, "the engine has failed for good (RuntimeError); " + AGAIN)
+        assert post(server).status_code == 503
+
+    def test_a_device_that_has_failed_is_told_to_who_looks_after_the_server(self, serve, engine, caplog):
+        server = serve()
+        engine.go.clear()
+        with ThreadPoolExecutor(6) as pool:
+            futures = [pool.submit(post, server, query="device") for _ in range(6)]
+            wait_for(lambda: metric(server, "vretrver_requests_here") == 6)
+            engine.go.set()
+            assert [future.result().status_code for future in futures] == [502] * 6
+        reason = "the engine has failed for good (AcceleratorError); " + AGAIN
+        assert health(server) == (503, reason) and "illegal memory access" in caplog.text
+        refused = post(server)
+        assert refused.status_code == 503 and refused.json()["message"] == reason
+
+    @pytest.mark.parametrize(
+        ("status", "body"),
+        [(502, {"query": "crash"}), (400, {"documents": ["1", {"image": "data:image/png;base64,AAAA"}]})],
+    )
+    def test_a_failure_of_one_request_is_not_the_servers(self, serve, status, body):
+        server = serve()
+        assert post(server, **body).status_code == status and health(server) == (200, "")
 
     def test_shutting_down_finishes_what_was_taken(self, serve, engine):
         server = serve()
@@ -604,6 +628,14 @@ def metric(server, name: str) -> float:
     return float(line.rpartition(" ")[2])
 
 
+AGAIN = "start the server again, whose log says why"
+
+
+def health(server) -> tuple[int, str]:
+    response = httpx.get(server.url + "/health")
+    return response.status_code, response.json()["message"] if response.content else ""
+
+
 def wait_for(condition, seconds: float = 20) -> None:
     ends = time.monotonic() + seconds
     while not condition():
@@ -630,3 +662,9 @@ def test_a_preset_that_replays_the_prompts_of_a_data_set(engine):
 
 def test_evidence_is_json(serve):
     assert json.dumps(post(serve(), evidence=True).json())
+
+
+def test_an_engine_that_wraps_the_error_of_its_device(engine):
+    device, other = EngineError("failed"), EngineError("failed")
+    device.__cause__, other.__cause__ = torch.AcceleratorError("CUDA error"), torch.OutOfMemoryError("CUDA error")
+    assert engine.is_lost(device) and not engine.is_lost(other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from unittest import mock
 
 import pytest
 
@@ -165,6 +166,20 @@ def test_what_vllm_refuses_costs_its_query_only(rerankers):
     assert good.error is None and len(good.trajectories) == 1
     with pytest.raises(EngineError, match="query '0'"):
         reranker.rank("q", many)
+
+
+def test_an_engine_whose_process_has_died_is_lost(rerankers, monkeypatch):
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    engine = rerankers[0].engine
+    for error, is_lost in ((EngineDeadError(), True), (ValueError("this step"), False)):
+        sessions, _ = begin(rerankers[0], 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.llm.llm_engine, "step", mock.Mock(side_effect=error))
+            with pytest.raises(EngineError, match=f"queries {sessions[0].query_id}") as caught:
+                engine.poll(sessions)
+        engine.close(sessions[0])
+        assert engine.is_lost(caught.value) == is_lost
 
 
 def test_a_subfolder_is_refused():

@@ -67,8 +67,9 @@ def serve(
     answer also has what the model thought, called and saw. relevance_score is 1 − place/n: a listwise ranking has an
     order and no other score.
 
-    GET /health answers 200 while requests are taken, GET /metrics speaks to Prometheus. Requests at the same time
-    share the model's batch. SIGTERM and Ctrl-C finish the requests that were taken, and end.
+    GET /health answers 200 while requests are taken, and 503 with the reason once the engine has failed for good or
+    the server is to end. GET /metrics speaks to Prometheus. Requests at the same time share the model's batch. SIGTERM
+    and Ctrl-C finish the requests that were taken, and end.
 
     URLs are never fetched, and files are not read unless --allow-files says which.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from typing import Any, Literal, Self
@@ -151,6 +152,14 @@ class Engine(ABC):
     @abstractmethod
     def close(self, session: Session) -> None:
         """Ends a conversation, also in the middle of a turn, and frees what it held."""
+
+    def is_lost(self, error: Exception) -> bool:
+        """
+        Whether the engine that raised this fails at everything from now on, so that only a new process helps: a device
+        that has failed stays so.
+        """
+        torch = sys.modules.get("torch")  # where it is not loaded it has not failed
+        return torch is not None and isinstance(error.__cause__ or error, torch.AcceleratorError)
 
     def shutdown(self) -> None:  # noqa: B027 - most engines hold nothing
         """Frees what the engine holds beyond the process's memory. It cannot be used any more."""

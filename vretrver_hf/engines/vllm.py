@@ -176,6 +176,11 @@ class VLLMEngine(Engine):
             self.llm.llm_engine.abort_request([session.request])
             session.request = None
 
+    def is_lost(self, error: Exception) -> bool:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        return super().is_lost(error) or isinstance(error.__cause__, EngineDeadError)
+
     def shutdown(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
 

@@ -122,8 +122,9 @@ class _Service:
         return {"object": "list", "data": [{"id": name, "object": "model"} for name in self._names]}
 
     async def health(self) -> Response:
-        """200 while requests are taken."""
-        return Response(status_code=200 if self.worker.is_ready else 503)
+        """200 while requests are taken, and 503 with the reason once they are not."""
+        reason = self.worker.closed_because
+        return Response(status_code=200) if reason is None else error(503, reason)
 
     async def show_metrics(self) -> Response:
         """For Prometheus."""

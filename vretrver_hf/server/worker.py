@@ -46,7 +46,8 @@ class Worker:
         self._unwanted: set[str] = set()
         self._numbers = itertools.count()
         self._changed = threading.Condition()
-        self._closing = self._broken = False
+        self._closing = False
+        self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="rerank-worker", daemon=True)
         self._thread.start()
 
@@ -60,8 +61,12 @@ class Worker:
         return len(self._tickets)
 
     @property
-    def is_ready(self) -> bool:
-        return not (self._closing or self._broken)
+    def closed_because(self) -> str | None:
+        """Why no requests are taken any more; `None` while they are."""
+        if self._failure is not None:
+            name = type(self._failure.__cause__ or self._failure).__name__
+            return f"the engine has failed for good ({name}); start the server again, whose log says why"
+        return "the server is shutting down" if self._closing else None
 
     def enter(self) -> str:
         """
@@ -75,8 +80,8 @@ class Worker:
             `Closing`: if none is taken any more.
         """
         with self._changed:
-            if not self.is_ready:
-                raise Closing("the server takes no requests any more")
+            if self.closed_because is not None:
+                raise Closing(self.closed_because)
             if len(self._tickets) >= self._max_requests:
                 raise Busy(f"{len(self._tickets)} requests are here already; try again in a moment")
             ticket = str(next(self._numbers))
@@ -104,7 +109,7 @@ class Worker:
         future: Future[Ranking] = Future()
         future.set_running_or_notify_cancel()  # from now on nobody but this thread ends it
         with self._changed:
-            if self._broken:
+            if self._failure is not None:
                 raise EngineError("the engine has failed for good")
             self._futures[ticket] = future
             self._waiting.append(job)
@@ -122,10 +127,10 @@ class Worker:
         try:
             self._work(RankingLoop(self._reranker))
         except Exception as error:
-            # It could not even be told to stop what it failed at. Nobody is to wait for it, and `is_ready` says so.
+            # Its device has failed, or it could not even be told to stop. Nobody is to wait for it.
             logger.exception("the engine failed for good")
             with self._changed:
-                self._broken = True
+                self._failure = error
             for ticket in list(self._futures):
                 self._finish(ticket, error)
 
@@ -137,6 +142,8 @@ class Worker:
                     for ranking in loop.step():
                         self._finish(ranking.query_id, ranking)
             except Exception as error:
+                if self._reranker.engine.is_lost(error):
+                    raise
                 # What was under way is lost, and told so; the server goes on with what comes next.
                 logger.exception("the engine failed")
                 loop.cancel()
