@@ -451,6 +451,15 @@ class TestLoading:
         with pytest.raises(ItemError, match="/elsewhere/0.png"):
             load_conversations(path, encoder, PRESET, image_root="/elsewhere")[0]
 
+    def test_a_picture_elsewhere(self, encoder, folder, tmp_path):
+        (tmp_path / "moved").mkdir()
+        (tmp_path / "moved" / "train.json").write_text(json.dumps([SHAREGPT]), encoding="utf-8")
+        row = {**SHAREGPT, "images": [str(folder / name) for name in SHAREGPT["images"]]}
+        (tmp_path / "moved" / "train.json").write_text(json.dumps([row]), encoding="utf-8")
+        with pytest.raises(ItemError, match="train.json, row 0, image 1: the picture '.*' lies outside of image_root"):
+            load_conversations(tmp_path / "moved" / "train.json", encoder, PRESET)[0]
+        assert load_conversations(tmp_path / "moved" / "train.json", encoder, PRESET, image_root=folder)[0].images
+
     def test_a_folder_of_records(self, encoder, records, tmp_path):
         write_records(tmp_path, records)
         conversations = load_conversations(tmp_path, encoder, PRESET)

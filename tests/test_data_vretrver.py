@@ -134,10 +134,36 @@ class TestStreaming:
         ):
             list(stream_rows(tmp_path / "rows.parquet"))
 
+    def test_a_row_that_names_a_file_elsewhere_is_named(self, tmp_path):
+        (tmp_path / "secret.png").write_bytes(png("red"))
+        folder = tmp_path / "data"
+        folder.mkdir()
+        rows = [evaluation_row(), evaluation_row(candidate_images=[str(tmp_path / "secret.png"), "", "3.png"])]
+        datasets.Dataset.from_list(rows).to_parquet(folder / "rows.parquet")
+        reason = "rows.parquet, row 1: the picture '.*/secret.png' lies outside of image_root"
+        with pytest.raises(ValueError, match=reason):
+            list(stream_rows(folder / "rows.parquet"))
+        examples = load_examples(folder / "rows.parquet")
+        with pytest.raises(ValueError, match=reason):
+            examples[1]
+        assert len(list(stream_rows(folder / "rows.parquet", image_root=tmp_path))) == 2
+
+    def test_rows_of_the_hub_name_no_files(self, monkeypatch, tmp_path):
+        hosted = datasets.Dataset.from_list([evaluation_row()])
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming=False: hosted)
+        reason = "someone/rows, row 0: the picture '1.png' is a file: give image_root"
+        with pytest.raises(ValueError, match=reason):
+            load_examples("someone/rows")[0]
+        with pytest.raises(ValueError, match=reason):
+            list(stream_rows("someone/rows"))
+        (example,) = load_examples("someone/rows", image_root=tmp_path)
+        assert example.candidates[0].image == str(tmp_path / "1.png")
+
 
 class TestImageRoot:
     @pytest.fixture
     def root(self, tmp_path) -> Path:
+        tmp_path = tmp_path / "root"
         (tmp_path / "sets" / "cirr").mkdir(parents=True)
         (tmp_path / "sets" / "cirr" / "1.png").write_bytes(png("red"))
         with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
@@ -162,10 +188,38 @@ class TestImageRoot:
         assert ImageRoot(root).find("/elsewhere/none.png") == "/elsewhere/none.png"
         assert ImageRoot().find("none.png") == "none.png"
 
+    @pytest.mark.parametrize(
+        "path", ["{}/secret.png", "../secret.png", "sets/../../secret.png", "{}/root/../secret.png", "../none.png"]
+    )
+    def test_no_row_chooses_what_else_is_read(self, root, path):
+        (root.parent / "secret.png").write_bytes(png("red"))
+        path = path.format(root.parent)
+        with pytest.raises(ItemError, match=f"the picture '{path}' lies outside of image_root '{root}'"):
+            ImageRoot(root).find(path)
+
+    def test_unless_the_operator_allows_it(self, root):
+        (root.parent / "secret.png").write_bytes(png("red"))
+        path = str(root.parent / "secret.png")
+        for allowed in ("/", root.parent):
+            assert ImageRoot(allowed).find(path) == path
+
+    def test_a_link_below_the_root_is_the_operators(self, root):
+        (root.parent / "elsewhere").mkdir()
+        (root.parent / "elsewhere" / "4.png").write_bytes(png("red"))
+        (root / "linked").symlink_to(root.parent / "elsewhere")
+        assert ImageRoot(root).find("linked/4.png") == str(root / "linked/4.png")
+
+    def test_ways_through_the_root_stay_in_it(self, root, monkeypatch):
+        assert ImageRoot(root).find("sets/../sets/cirr/1.png") == str(root / "sets/cirr/1.png")
+        assert ImageRoot(root).find(f"../{root.name}/sets/cirr/1.png") == str(root / "sets/cirr/1.png")
+        monkeypatch.chdir(root)
+        assert ImageRoot("sets").find("cirr/1.png") == "sets/cirr/1.png"
+        with pytest.raises(ItemError, match="outside of image_root 'sets'"):
+            ImageRoot("sets").find("../more.zip")
+
     def test_tails_do_not_climb_out(self, root):
         (root.parent / "secret.png").write_bytes(png("red"))
-        path = "/nowhere/../secret.png"
-        assert ImageRoot(root).find(path) == path
+        assert ImageRoot(root).find("/nowhere/../secret.png") == "/secret.png"
 
     def test_a_member_too_large_for_a_picture(self, root, monkeypatch):
         monkeypatch.setattr("vretrver_hf.data.vretrver.DEFAULT_LIMITS", ImageLimits(max_bytes=50))

@@ -77,7 +77,8 @@ def evaluate(
     name: Annotated[str | None, typer.Option(help="Names the run in tables; by default its model.")] = None,
     split: SplitOption = "test",
     image_root: Annotated[
-        Path | None, typer.Option(help="Folder or zip archive that relative picture paths start from.")
+        Path | None,
+        typer.Option(help="Folder or zip archive that picture paths start from and all pictures lie below."),
     ] = None,
     limit: LimitOption = None,
     batch_size: Annotated[

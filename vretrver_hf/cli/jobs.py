@@ -30,7 +30,9 @@ DataOption = Annotated[
 SplitOption = Annotated[str, typer.Option(help="Split of a folder or of a data set on the hub.")]
 ImageRootOption = Annotated[
     Path | None,
-    typer.Option(help="Folder that relative picture paths start from; the folder of a local source by default."),
+    typer.Option(
+        help="Folder that picture paths start from, and that all pictures lie below; a local source's own by default."
+    ),
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Only so many queries, from the first.")]
 OutOption = Annotated[

@@ -32,7 +32,8 @@ def retrieve(
     ] = "first",
     factory: Annotated[str, typer.Option(help="FAISS index; Flat is exact.")] = "Flat",
     image_root: Annotated[
-        Path | None, typer.Option(help="Folder or zip archive that relative picture paths start from.")
+        Path | None,
+        typer.Option(help="Folder or zip archive that picture paths start from and all pictures lie below."),
     ] = None,
     limit: LimitOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Items that are embedded at a time.")] = 32,

@@ -194,8 +194,8 @@ def load_conversations(
     """
     if Path(source, TRAJECTORIES).is_file():
         return TrajectoryConversations(read_records(source), encoder, preset)
-    dataset, folder = open_dataset(source, split)
-    return MessageConversations(dataset, encoder, preset, folder if image_root is None else image_root, str(source))
+    dataset, root = open_dataset(source, split)
+    return MessageConversations(dataset, encoder, preset, root if image_root is None else image_root, str(source))
 
 
 class TrajectoryConversations(Conversations):
@@ -263,7 +263,7 @@ class MessageConversations(Conversations):
             Of the model that is to learn them.
         preset (`Preset`):
             The protocol, for its picture budgets.
-        image_root (`str` or `os.PathLike`, *optional*):
+        image_root (`str`, `os.PathLike` or `ImageRoot`, *optional*):
             Folder that relative picture paths start from.
         name (`str`, *optional*, defaults to `"data set"`):
             What error messages call the data set.
@@ -274,7 +274,7 @@ class MessageConversations(Conversations):
         dataset: datasets.Dataset,
         encoder: Encoder,
         preset: Preset,
-        image_root: str | os.PathLike[str] | None = None,
+        image_root: str | os.PathLike[str] | ImageRoot | None = None,
         name: str = "data set",
     ):
         columns = [column for column in ("messages", "conversations") if column in dataset.column_names]
@@ -285,7 +285,8 @@ class MessageConversations(Conversations):
             )
         self._column = columns[0]
         self._dataset = dataset.with_format("arrow")  # pictures as they are stored: decoding names the broken ones
-        self._encoder, self._images, self._name = encoder, ImageRoot(image_root), name
+        self._encoder, self._name = encoder, name
+        self._images = image_root if isinstance(image_root, ImageRoot) else ImageRoot(image_root)
         self._overview, self._inspect = preset, dataclasses.replace(preset, overview_pixels=None)
 
     def __len__(self) -> int:
@@ -321,8 +322,8 @@ class MessageConversations(Conversations):
             repeats = 1
             if token == self._encoder.image_pad:
                 number = len(images)
-                item = Item.coerce({"image": self._source(sources[number])}, name=f"{where}, image {number + 1}")
-                image = item.load_image(name=f"{where}, image {number + 1}")
+                name = f"{where}, image {number + 1}"
+                image = self._item(sources[number], name).load_image(name=name)
                 preset = self._overview if number < in_opening else self._inspect
                 ref = ImageRef(number, *self._encoder.overview_size(image.size, preset))
                 images.append(ref.render(image))
@@ -331,11 +332,16 @@ class MessageConversations(Conversations):
             learned += [bit] * repeats
         return Conversation(token_ids, learned, images, "rendered")
 
-    def _source(self, image: Any) -> Any:
-        """The picture's bytes, or its path from `image_root`."""
+    def _item(self, image: Any, name: str) -> Item:
+        """The picture, by its bytes or its path from `image_root`."""
         if isinstance(image, Mapping):
             image = image.get("bytes") or image.get("path")
-        return self._images.find(image) if isinstance(image, str) else image
+        if isinstance(image, str):
+            try:
+                image = self._images.find(image)
+            except ItemError as error:
+                raise ItemError(f"{name}: {error}") from None
+        return Item.coerce({"image": image}, name=name)
 
 
 class Records(Sequence[TrajectoryRecord]):

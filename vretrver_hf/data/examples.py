@@ -261,10 +261,10 @@ def load_examples(
         `ValueError`: if the file is of another kind.
         `FileNotFoundError`: if what looks like a file does not exist.
     """
-    dataset, folder = open_dataset(source, split)
+    dataset, root = open_dataset(source, split)
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
-    return Examples(dataset, folder if image_root is None else image_root, str(source))
+    return Examples(dataset, root if image_root is None else image_root, str(source))
 
 
 class Examples(Sequence[RerankExample]):

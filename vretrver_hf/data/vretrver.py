@@ -73,10 +73,10 @@ def read_row(row: Mapping[str, Any], image_root: str | os.PathLike[str] | ImageR
         row (mapping):
             The row.
         image_root (`str`, `os.PathLike` or `ImageRoot`, *optional*):
-            Where relative paths start from.
+            Where relative paths start from, and below which all pictures lie.
 
     Raises:
-        `ValueError`: naming the field that cannot be used.
+        `ValueError`: naming the field that cannot be used, or the picture that lies elsewhere.
     """
     root = image_root if isinstance(image_root, ImageRoot) else ImageRoot(image_root)
     info = _field(row, "extra_info", Mapping)
@@ -169,11 +169,13 @@ class ImageRoot:
     Finds the pictures that rows name by path: in a folder, or in zip archives that lie in it or are it.
 
     Released files name pictures relative to a folder that is elsewhere on every machine, or absolutely, as on the
-    machine that wrote them. An absolute path that does not exist is looked for by its longest tail under the root.
+    machine that wrote them: an absolute path is looked for by its longest tail under the root. Whoever wrote a row
+    may not choose which files of this machine are read, so a picture that lies elsewhere is refused; with `"/"` as
+    root, none does.
 
     Args:
         root (`str` or `os.PathLike`, *optional*):
-            A folder or a zip archive; without one, paths stay as they are.
+            A folder or a zip archive; without one, paths stay as they are, which is for rows of one's own.
 
     Raises:
         `ValueError`: if `root` is a file but no zip archive.
@@ -192,25 +194,33 @@ class ImageRoot:
 
         Raises:
             `ValueError`: if `path` is no path.
+            `ItemError`: if it names a file that does not lie below the root.
         """
         if not isinstance(path, (str, os.PathLike)):
             raise ValueError(f"the path of a picture must be a string, got {type(path).__name__}")
-        if self._folder is None or os.fspath(path)[:5] == "data:":
+        path = os.fspath(path)
+        if self._folder is None or path[:5].lower() == "data:":
             return path
-        plain = os.path.join(self._folder, path)
-        if os.path.exists(plain):
+        plain = os.path.normpath(os.path.join(self._folder, path))
+        # Told by the path's words: a link that lies there was put there by whoever owns the folder.
+        is_below = Path(os.path.abspath(plain)).is_relative_to(os.path.abspath(self._folder))
+        if is_below and os.path.exists(plain):
             return plain
-        parts = Path(path).parts
-        tails = [os.path.join(*parts[start:]) for start in range(1 if os.path.isabs(path) else 0, len(parts))]
-        for tail in tails if os.path.isabs(path) else tails[:1]:
-            found = self._under_root(tail)
-            if found is not None:
-                return found
+        if is_below or os.path.isabs(path):
+            for tail in _tails(path):
+                found = self._under_root(tail)
+                if found is not None:
+                    return found
+        if not is_below and (os.path.exists(plain) or not os.path.isabs(path)):
+            raise ItemError(
+                f"the picture {path!r} lies outside of image_root {str(self._folder)!r}; give a folder that holds it, "
+                "or '/' where the rows may name any file of this machine"
+            )
         return plain  # whoever loads it says that it is missing
 
     def _under_root(self, tail: str) -> str | bytes | None:
         assert self._folder is not None
-        if ".." not in Path(tail).parts and (self._folder / tail).is_file():
+        if (self._folder / tail).is_file():
             return os.path.join(self._folder, tail)
         for archive in self._open_archives():
             names = [
@@ -230,6 +240,22 @@ class ImageRoot:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_folder": self._folder, "_archives": [], "_opened_by": None}
+
+
+class NoFiles(ImageRoot):
+    """Where there is no folder that pictures could lie in, as of a data set on the hub: rows bring their bytes."""
+
+    def find(self, path: Any) -> Any:
+        path = super().find(path)
+        if path[:5].lower() != "data:":
+            raise ItemError(f"the picture {path!r} is a file: give image_root, the folder that such files lie below")
+        return path
+
+
+def _tails(path: str) -> list[str]:
+    """What an absolute path may be called under another root, longest first; a relative one has its own name only."""
+    parts = Path(os.path.normpath(path)).parts
+    return [os.path.join(*parts[start:]) for start in (range(1, len(parts)) if os.path.isabs(path) else [0])]
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -293,9 +319,9 @@ class PromptTemplate:
         return messages
 
 
-def open_dataset(source: str | os.PathLike[str], split: str) -> tuple[datasets.Dataset, Path | None]:
+def open_dataset(source: str | os.PathLike[str], split: str) -> tuple[datasets.Dataset, ImageRoot]:
     """
-    Opens a data set, and says in which folder a local one lies.
+    Opens a data set, and says where its pictures may lie: in the folder of a local one.
 
     Args:
         source (`str` or `os.PathLike`):
@@ -309,10 +335,10 @@ def open_dataset(source: str | os.PathLike[str], split: str) -> tuple[datasets.D
     """
     from datasets import load_dataset
 
-    kind, files, folder = _locate(source)
+    kind, files, root = _locate(source)
     if kind is None:
-        return load_dataset(str(source), split=split), None
-    return load_dataset(kind, **files, split=split if "data_dir" in files else "train"), folder
+        return load_dataset(str(source), split=split), root
+    return load_dataset(kind, **files, split=split if "data_dir" in files else "train"), root
 
 
 def stream_rows(
@@ -332,14 +358,11 @@ def stream_rows(
     """
     from datasets import load_dataset
 
-    kind, files, folder = _locate(source)
+    kind, files, root = _locate(source)
     options = {"split": split if kind is None or "data_dir" in files else "train", "streaming": True}
     rows = load_dataset(str(source), **options) if kind is None else load_dataset(kind, **files, **options)
-    root = (
-        ImageRoot(folder if image_root is None else image_root)
-        if not isinstance(image_root, ImageRoot)
-        else image_root
-    )
+    if image_root is not None:
+        root = image_root if isinstance(image_root, ImageRoot) else ImageRoot(image_root)
     for number, table in enumerate(rows.with_format("arrow").iter(batch_size=1)):
         (row,) = table.to_pylist()
         try:
@@ -348,19 +371,19 @@ def stream_rows(
             raise ValueError(f"{source}, row {number}: {error}") from error
 
 
-def _locate(source: str | os.PathLike[str]) -> tuple[str | None, dict[str, str], Path | None]:
-    """The kind of file, what `load_dataset` is to read, and the folder; no kind for the hub."""
+def _locate(source: str | os.PathLike[str]) -> tuple[str | None, dict[str, str], ImageRoot]:
+    """The kind of file, what `load_dataset` is to read, and where pictures lie; no kind for the hub."""
     path = Path(source)
     if path.is_dir():
-        return "parquet", {"data_dir": str(path)}, path
+        return "parquet", {"data_dir": str(path)}, ImageRoot(path)
     kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(path.suffix.lower())
     if path.is_file():
         if kind is None:
             raise ValueError(f"{path} is neither a .parquet, .json or .jsonl file nor a folder of parquet files")
-        return kind, {"data_files": str(path)}, path.parent
+        return kind, {"data_files": str(path)}, ImageRoot(path.parent)
     if kind is not None or path.is_absolute():
         raise FileNotFoundError(f"{path} does not exist")
-    return None, {}, None
+    return None, {}, NoFiles()
 
 
 def _pattern(item: Item) -> str:

@@ -104,10 +104,10 @@ class ReleasedSet(EvaluationSet):
         coarse: bool = True,
     ) -> ReleasedSet:
         """Opens a parquet, JSON or JSONL file, a folder of parquet files, or a data set on the hub."""
-        dataset, folder = open_dataset(source, split)
+        dataset, root = open_dataset(source, split)
         if limit is not None:
             dataset = dataset.select(range(min(limit, len(dataset))))
-        return cls(ReleasedRows(dataset, folder if image_root is None else image_root, source), coarse)
+        return cls(ReleasedRows(dataset, root if image_root is None else image_root, source), coarse)
 
     def __getitem__(self, index: int) -> EvaluationQuery:  # type: ignore[override]
         row = self._rows[index]
