@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from bundled import one_sample_a_task
 from PIL import Image
 from teacher import QUICK, Reply, ScriptedTeacher, query_of, slowly, turn_of
 
@@ -21,7 +22,6 @@ from vretrver_hf.cli import main
 from vretrver_hf.data.conversations import read_records
 from vretrver_hf.data.examples import RerankExample, write_examples
 from vretrver_hf.protocol import format_answer, format_call, format_turn
-from vretrver_hf.samples import load_samples
 
 
 HELP = {
@@ -182,8 +182,8 @@ class TestMistakes:
 def samples(tmp_path_factory) -> Path:
     """Three of the samples that come with the package, one of each task of single pictures, as a data set."""
     path = tmp_path_factory.mktemp("data") / "samples.parquet"
-    first = {sample.task: sample for sample in load_samples()}
-    chosen = [first[task] for task in ("text-to-image", "image-to-image", "image-to-text")]
+    of_task = one_sample_a_task()
+    chosen = [of_task[task] for task in ("text-to-image", "image-to-image", "image-to-text")]
     write_examples(path, [RerankExample(s.id, s.query, s.candidates, [s.positive], s.task) for s in chosen])
     return path
 

@@ -23,6 +23,7 @@ from tiny_models import make_processor
 
 from vretrver_hf import Item
 from vretrver_hf.agent import play
+from vretrver_hf.data import synthesis
 from vretrver_hf.data.conversations import load_conversations
 from vretrver_hf.data.examples import RerankExample
 from vretrver_hf.data.rejection import Query
@@ -466,20 +467,47 @@ def served_model():
 
 
 class TestRealServer:
+    PRESET = get_preset(
+        "foveated", **json.loads(Path(bundled_model(), "reranker_config.json").read_text(encoding="utf-8"))["preset"]
+    )
+
     def test_the_bundled_model_as_teacher(self, tmp_path, served_model):
         """It knows no `Best first:`, so the rules reject what it says; before that all is real, pictures too."""
         samples = [sample for sample in load_samples() if sample.task == "text-to-image"]
-        examples = [RerankExample(s.id, s.query, s.candidates, [s.positive], s.task) for s in samples]
-        keys = [entry.query_id for entry in examples]
-        preset = get_preset(
-            "foveated", **json.loads(Path(bundled_model(), "reranker_config.json").read_text())["preset"]
-        )
-        teacher = Teacher(served_model, str(bundled_model()), temperature=0.2, max_turn_tokens=96)
-        with Journal(tmp_path, {}) as journal:
-            synthesize_queries(examples, keys, journal, teacher, preset, concurrency=2)
-            assert not journal.errors
-            queries = [Query.from_dict(journal[key]) for key in keys]
-            summary = write_conversations(tmp_path, examples, keys, journal)
-        trajectories = [query.trajectories[0] for query in queries]
+        trajectories, summary = self.synthesize(tmp_path, served_model, samples)
         assert all(trajectory.assistant_turns for trajectory in trajectories)
         assert summary.total.queries == 3 and summary.reasons.total() == 3
+
+    def test_it_is_shown_what_it_calls_for(self, tmp_path, served_model, monkeypatch):
+        """
+        Behind the annotation prompt, which it never learned to read, the bundled model calls nothing. Without it, it
+        plays as it does alone, and says of each picture that it calls for what that shows.
+        """
+        monkeypatch.setattr(synthesis, "annotation_prompt", lambda *args: "")
+        (sample,) = [sample for sample in load_samples() if sample.id == "detail-test_combination-2026-000012"]
+        ((trajectory,), _) = self.synthesize(tmp_path, served_model, [sample])
+        turns = trajectory.turns[1:]
+        rounds = list(zip(turns[::2], turns[1::2], turns[2::2], strict=False))
+        assert trajectory.num_valid_calls == len(rounds) >= 2
+        for asking, observation, telling in rounds:
+            asked = asking.call["arguments"]
+            number = asked["target_image"]
+            (shown,) = observation.images
+            width, height = sample.candidates[number - 1].load_image().size
+            left, top, right, bottom = (
+                side * part for side, part in zip([width, height] * 2, asked["bbox_2d"], strict=True)
+            )
+            assert shown.index == number and observation.valid
+            assert shown.box[0] <= left < right <= shown.box[2] and shown.box[1] <= top < bottom <= shown.box[3]
+            assert f"{number} shows {sample.candidates[number - 1].id}:" in telling.thought
+
+    def synthesize(self, folder, url, samples) -> tuple:
+        examples = [RerankExample(s.id, s.query, s.candidates, [s.positive], s.task) for s in samples]
+        keys = [entry.query_id for entry in examples]
+        teacher = Teacher(url, str(bundled_model()), temperature=0.2, max_turn_tokens=96)
+        with Journal(folder, {}) as journal:
+            synthesize_queries(examples, keys, journal, teacher, self.PRESET, concurrency=2)
+            assert not journal.errors
+            queries = [Query.from_dict(journal[key]) for key in keys]
+            summary = write_conversations(folder, examples, keys, journal)
+        return [query.trajectories[0] for query in queries], summary

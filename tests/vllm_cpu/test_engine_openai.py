@@ -10,13 +10,13 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm runs this folder where it is")
 
+from bundled import one_sample_a_task
 from faulty_proxy import FaultyProxy
 from server import VLLMServer
 
 from vretrver_hf import Item, Reranker
 from vretrver_hf.engines import EngineError, Sampling
 from vretrver_hf.reranker import bundled_model
-from vretrver_hf.samples import load_samples
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs():
-    return [(sample.query, sample.candidates) for sample in {one.task: one for one in load_samples()}.values()]
+    return [(sample.query, sample.candidates) for sample in one_sample_a_task().values()]
 
 
 @pytest.fixture(scope="module")

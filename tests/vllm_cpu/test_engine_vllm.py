@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm runs this folder where it is")
 
+from bundled import one_sample_a_task
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from vretrver_hf import Item, Reranker
@@ -43,7 +44,7 @@ def assert_same(mine, theirs, tolerance: float = 1e-4) -> None:
 def test_every_conversation_is_the_transformers_engines(rerankers):
     """Held-out samples with pictures and calls, all at once, then again with warm caches."""
     fast, plain = rerankers
-    pairs = [(sample.query, sample.candidates) for sample in {one.task: one for one in load_samples()}.values()]
+    pairs = [(sample.query, sample.candidates) for sample in one_sample_a_task().values()]
     expected = plain.rank_batch(pairs)
     assert sum(ranking.num_calls for ranking in expected) >= 3
     for _ in range(2):
