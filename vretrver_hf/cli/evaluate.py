@@ -20,7 +20,18 @@ from .common import (
     load_reranker,
     one_line,
 )
-from .jobs import Bar, LimitOption, OutOption, SplitOption, check_folder, mistakes, quiet_datasets, weights_digest
+from .jobs import (
+    Bar,
+    ImageRootOption,
+    LimitOption,
+    MaxTurnTokensOption,
+    OutOption,
+    SplitOption,
+    check_folder,
+    mistakes,
+    quiet_datasets,
+    weights_digest,
+)
 
 
 if TYPE_CHECKING:
@@ -71,15 +82,10 @@ def evaluate(
         Literal["auto", "dataset", "preset"],
         typer.Option(help="Whose prompt; auto: the data's own, where they bring one and the preset is 'release'."),
     ] = "auto",
-    max_turn_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of one model turn; as saved with the model by default.")
-    ] = None,
+    max_turn_tokens: MaxTurnTokensOption = None,
     name: Annotated[str | None, typer.Option(help="Names the run in tables; by default its model.")] = None,
     split: SplitOption = "test",
-    image_root: Annotated[
-        Path | None,
-        typer.Option(help="Folder or zip archive that picture paths start from and all pictures lie below."),
-    ] = None,
+    image_root: ImageRootOption = None,
     limit: LimitOption = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Windows under way at a time; with 1 none depends on others to the last bit.")

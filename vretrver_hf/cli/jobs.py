@@ -31,12 +31,16 @@ SplitOption = Annotated[str, typer.Option(help="Split of a folder or of a data s
 ImageRootOption = Annotated[
     Path | None,
     typer.Option(
-        help="Folder that picture paths start from, and that all pictures lie below; a local source's own by default."
+        help="Folder or zip archive that picture paths start from and all pictures lie below; "
+        "the folder of a local source by default."
     ),
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Only so many queries, from the first.")]
 OutOption = Annotated[
     Path, typer.Option(metavar="FOLDER", help="Where the result goes, and the journal to go on from.")
+]
+MaxTurnTokensOption = Annotated[
+    int | None, typer.Option(min=1, help="Most tokens of one model turn; as saved with the model by default.")
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
 KeepOption = Annotated[

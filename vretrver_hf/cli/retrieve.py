@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .common import DeviceOption, DtypeOption, Mistake
-from .jobs import LimitOption, OutOption, check_folder, mistakes
+from .jobs import ImageRootOption, LimitOption, OutOption, check_folder, mistakes
 
 
 def retrieve(
@@ -31,10 +31,7 @@ def retrieve(
         str, typer.Option(help="first, none, or a number, the seed that draws one for each query.")
     ] = "first",
     factory: Annotated[str, typer.Option(help="FAISS index; Flat is exact.")] = "Flat",
-    image_root: Annotated[
-        Path | None,
-        typer.Option(help="Folder or zip archive that picture paths start from and all pictures lie below."),
-    ] = None,
+    image_root: ImageRootOption = None,
     limit: LimitOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Items that are embedded at a time.")] = 32,
     device: DeviceOption = None,

@@ -23,6 +23,7 @@ from .jobs import (
     ImageRootOption,
     KeepOption,
     LimitOption,
+    MaxTurnTokensOption,
     OutOption,
     Progress,
     SeedOption,
@@ -56,9 +57,7 @@ def sample(
     ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="Of the sampling.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Least total probability of the tokens to draw from.")] = 1.0,
-    max_turn_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of one model turn; as saved with the model by default.")
-    ] = None,
+    max_turn_tokens: MaxTurnTokensOption = None,
     seed: SeedOption = 0,
     split: SplitOption = "train",
     image_root: ImageRootOption = None,
