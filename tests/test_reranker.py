@@ -11,7 +11,7 @@ from vretrver_hf import Item, ItemError, Ranking, Reranker
 from vretrver_hf.engines import Sampling
 from vretrver_hf.engines.transformers import TransformersEngine
 from vretrver_hf.protocol import format_answer, format_call, format_turn, get_preset
-from vretrver_hf.reranker import RankRequest
+from vretrver_hf.reranker import RankRequest, save_config, saved_settings
 
 
 PRESET = get_preset("foveated", overview_pixels=64 * 64, inspect_pixels=64 * 64)
@@ -270,6 +270,36 @@ def test_a_model_without_a_saved_protocol_is_played_as_released_with_a_warning(m
 def test_an_unknown_engine_is_refused():
     with pytest.raises(ValueError, match="'warp'.*'transformers'"):
         Reranker.from_pretrained(engine="warp")
+
+
+class TestSavedSettings:
+    """What a model is played with, told without loading it."""
+
+    def test_of_the_bundled_model(self):
+        settings, reranker = saved_settings(), Reranker.from_pretrained(device="cpu")
+        assert settings["window"] == 8 and settings["preset"].name == "foveated"
+        assert settings == {name: getattr(reranker, name) for name in settings}
+
+    def test_of_a_model_with_nothing_saved(self, tmp_path):
+        (tmp_path / "config.json").write_text("{}")
+        settings = saved_settings(tmp_path)
+        assert (settings["preset"], settings["window"], settings["stride"]) == (get_preset("release"), 20, 10)
+        assert settings["sampling"] == Sampling() and settings["tools"]
+
+    def test_of_an_adapter(self, tmp_path):
+        """Its own, and else those of its base."""
+        base, adapter = tmp_path / "base", tmp_path / "adapter"
+        base.mkdir(), adapter.mkdir()
+        (base / "config.json").write_text("{}")
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+        save_config(base, PRESET, 6, 3, Sampling(max_turn_tokens=5))
+        assert saved_settings(adapter)["window"] == 6 and saved_settings(adapter)["preset"] == PRESET
+        save_config(adapter, PRESET, 4, 2, Sampling())
+        assert saved_settings(adapter)["window"] == 4 and saved_settings(adapter)["sampling"] == Sampling()
+
+    def test_of_nothing(self, tmp_path):
+        with pytest.raises(OSError, match="none"):
+            saved_settings(tmp_path / "none")
 
 
 def test_an_engine_without_a_model_cannot_be_saved(perfect, tmp_path):

@@ -60,6 +60,10 @@ class RankRequest:
     prompt: Prompt | Callable[[Sequence[int]], Prompt] | None = None
 
 
+_USUAL = {"preset": get_preset("release"), "window": 20, "stride": 10, "sampling": Sampling(), "tools": True}
+"""How a model is played that has nothing saved beside it."""
+
+
 class Reranker:
     """
     Ranks candidates (text, image or both) for a query with a vision-language model that can look closer.
@@ -190,15 +194,16 @@ class Reranker:
         loaded = _load_engine(engine, name, source.revision, source.subfolder, engine_kwargs)
         if preset is None and not config:
             logger.warning("%s has no %s: playing it as preset 'release'", name, CONFIG_NAME)
+        saved = {**_USUAL, **config}
         if stride is None:
-            stride = config.get("stride", 10) if window is None else max(1, window // 2)
+            stride = saved["stride"] if window is None else max(1, window // 2)
         return cls(
             loaded,
-            preset=preset or config.get("preset", "release"),
-            window=config.get("window", 20) if window is None else window,
+            preset=preset or saved["preset"],
+            window=saved["window"] if window is None else window,
             stride=stride,
-            sampling=sampling or config.get("sampling"),
-            tools=config.get("tools", True) if tools is None else tools,
+            sampling=sampling or saved["sampling"],
+            tools=saved["tools"] if tools is None else tools,
             passes=passes,
         )
 
@@ -454,6 +459,22 @@ def bundled_model() -> Path:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"the bundled model is missing from {folder}; install the package again")
     return folder
+
+
+def saved_settings(name: str | Path | None = None) -> dict[str, Any]:
+    """
+    How a model is to be played, without loading it: what [`Reranker.from_pretrained`] would play.
+
+    Args:
+        name (`str` or `Path`, *optional*):
+            Hub id or folder of a model or an adapter; the bundled tiny model by default.
+
+    Returns:
+        `dict`: `preset`, `window`, `stride`, `sampling` and `tools`.
+    """
+    source = _Source(bundled_model() if name is None else name)
+    base = source.base_model()
+    return {**_USUAL, **(source.config() or ({} if base is None else _Source(base).config()))}
 
 
 def _default_model(engine: str) -> Path:

@@ -18,11 +18,12 @@ from bodies import BodyLimit
 from gradio_client.utils import is_http_url_like
 from inputs import from_form, from_texts
 from limits import Limits
-from runs import Runs, Stage, Stopped
+from runs import Run, Runs, Stage, Stopped
 from starlette.middleware import Middleware
 
 from vretrver_hf import Item, ItemError, Ranking, Reranker
 from vretrver_hf.html import LiveTrace, items_fragment, ranking_fragment, ranking_html, trace_css
+from vretrver_hf.reranker import saved_settings
 from vretrver_hf.samples import Sample, load_samples
 
 
@@ -37,7 +38,7 @@ class Space:
     What the page and its API do.
 
     Args:
-        models (`list[str]`): The models to choose from; the first is loaded at once.
+        models (`list[str]`): The models to choose from; each is loaded when it is first asked for.
         limits (`Limits`): What a visitor may ask for.
     """
 
@@ -48,16 +49,30 @@ class Space:
         self.samples = {sample.id: sample for sample in load_samples()}
         self._loading = threading.Lock()
         self._stages: dict[str, Stage] = {}
-        self.stage(models[0])
+        self.saved = saved_settings(_name(models[0]))
+        """How the first model is to be played."""
 
-    def stage(self, model: str) -> Stage:
-        """The stage of a model, which is loaded when it is first asked for."""
+    def stage(self, model: str, run: Run | None = None) -> Stage:
+        """The stage of a model, loaded when it is first asked for; a run that waits for that can be cancelled."""
         if model not in self.models:
             raise ItemError(f"there is no model {model!r} here")
-        with self._loading:
+        wait = run.wait if run is not None else lambda: None
+        while not self._loading.acquire(timeout=0.1):
+            wait()
+        try:
             if model not in self._stages:
-                self._stages[model] = Stage(Reranker.from_pretrained(None if model == BUNDLED else model))
-            return self._stages[model]
+                self._stages[model] = Stage(self._load(model))
+        finally:
+            self._loading.release()
+        wait()
+        return self._stages[model]
+
+    def _load(self, model: str) -> Reranker:
+        if self.models == [BUNDLED] and "OMP_NUM_THREADS" not in os.environ:
+            import torch
+
+            torch.set_num_threads(1)  # a model so small only waits for a second thread
+        return Reranker.from_pretrained(_name(model))
 
     def run(
         self,
@@ -86,7 +101,9 @@ class Space:
         try:
             with self.runs.begin(str(request.session_hash)) as run:
                 query, candidates = self._items(source, sample_id, text, picture, pictures, texts, paired)
-                stage = self.stage(model)
+                if model not in self._stages:
+                    yield _message(""), _busy("Loading the model …"), "", none, none, *running
+                stage = self.stage(model, run)
                 settings = _settings(stage.reranker, window, max_calls, overview_side, inspect_side, temperature)
                 modes = [True, False] if compare else [stage.reranker.tools]
                 variants = [_variant(stage.reranker, settings, tools) for tools in modes]
@@ -128,9 +145,9 @@ class Space:
         """
         try:
             items = from_texts(query, query_image, candidates, self.limits)
-            stage = self.stage(self.models[0])
             # A program has no page that could be left: each call is a run of its own.
             with self.runs.begin(f"call-{id(items)}") as run:
+                stage = self.stage(self.models[0], run)
                 variant = _variant(stage.reranker, {"preset": stage.reranker.preset}, tools)
                 *_, ranking = stage.play(run, variant, *items)
         except (ItemError, Stopped) as error:
@@ -188,6 +205,10 @@ class _Play:
     def summary(self) -> str:
         best = self.ranking.order[0] + 1
         return f"Done: candidate {best} comes first ({self.ranking.seconds:.1f} s, status {self.ranking.status})."
+
+
+def _name(model: str) -> str | None:
+    return None if model == BUNDLED else model
 
 
 def _traces(plays: list[_Play], note: str = "") -> tuple[str, str]:
@@ -283,7 +304,7 @@ def build(space: Space) -> gr.Blocks:
         space (`Space`): What it does.
     """
     limits, samples = space.limits, list(space.samples.values())
-    saved = space.stage(space.models[0]).reranker
+    saved, preset = space.saved, space.saved["preset"]
     hidden = {"api_visibility": "private"}
     with gr.Blocks(
         title="Rerank with evidence",
@@ -309,11 +330,11 @@ def build(space: Space) -> gr.Blocks:
         compare = gr.Checkbox(label="Compare: with and without tools, side by side", elem_id="compare")
         with gr.Accordion("Settings", open=False):
             model = gr.Dropdown(space.models, value=space.models[0], label="Model")
-            window = gr.Slider(2, limits.max_candidates, value=saved.window, step=1, label="Candidates at a time")
-            calls = gr.Slider(0, 8, value=saved.preset.max_calls, step=1, label="Calls of tools, at most")
-            overview = gr.Slider(0, 1024, value=_side(saved.preset.overview_pixels), step=1, label=_SIDES[0])
-            inspect = gr.Slider(0, 1024, value=_side(saved.preset.inspect_pixels), step=1, label=_SIDES[1])
-            temperature = gr.Slider(0, 2, value=saved.sampling.temperature, step=0.1, label="Temperature")
+            window = gr.Slider(2, limits.max_candidates, value=saved["window"], step=1, label="Candidates at a time")
+            calls = gr.Slider(0, 8, value=preset.max_calls, step=1, label="Calls of tools, at most")
+            overview = gr.Slider(0, 1024, value=_side(preset.overview_pixels), step=1, label=_SIDES[0])
+            inspect = gr.Slider(0, 1024, value=_side(preset.inspect_pixels), step=1, label=_SIDES[1])
+            temperature = gr.Slider(0, 2, value=saved["sampling"].temperature, step=0.1, label="Temperature")
         with gr.Row():
             run = gr.Button("Run", variant="primary", elem_id="run")
             cancel = gr.Button("Cancel", interactive=False, elem_id="cancel")
@@ -377,12 +398,13 @@ def launch(page: gr.Blocks, limits: Limits, **options: Any) -> Any:
 def main() -> None:
     """Serves the models that `VRETRVER_MODELS` lists, within the limits that the environment sets."""
     models = [name.strip() for name in os.environ.get("VRETRVER_MODELS", BUNDLED).split(",") if name.strip()]
-    if models == [BUNDLED] and "OMP_NUM_THREADS" not in os.environ:
-        import torch
-
-        torch.set_num_threads(1)  # a model so small only waits for a second thread
     limits = Limits.from_environment()
-    launch(build(Space(models, limits)), limits)
+    space = Space(models, limits)
+    page = build(space)
+    # The page is there before the model and all that runs it, which take longer to load than the rest together.
+    launch(page, limits, prevent_thread_lock=True)
+    space.stage(models[0])
+    page.block_thread()
 
 
 if __name__ == "__main__":

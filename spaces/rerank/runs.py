@@ -36,6 +36,16 @@ class Run:
         """Stops the model, at the latest after the token that it is writing."""
         self._cancelled.set()
 
+    def wait(self) -> None:
+        """
+        Starts the deadline again: time for which a model is loaded does not count.
+
+        Raises:
+            `Stopped`: if the run was cancelled.
+        """
+        self._ends = time.monotonic() + self._deadline
+        self.check()
+
     def check(self) -> None:
         """
         Raises:

@@ -6,16 +6,25 @@ import ast
 import asyncio
 import base64
 import json
+import os
+import shutil
+import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
+from servers import free_port
 
+from vretrver_hf.reranker import bundled_model, saved_settings
 from vretrver_hf.samples import load_samples
 
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "spaces" / "rerank"))
+APP = Path(__file__).parents[2] / "spaces" / "rerank" / "app.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+sys.path.insert(0, str(APP.parent))
 
 from bodies import UPLOAD  # noqa: E402
 from limits import Limits  # noqa: E402
@@ -129,6 +138,50 @@ def test_an_upload_that_declares_no_size_leaves_nothing_behind(space):
     told = httpx.post(f"{space}{UPLOAD}", content=pieces(), headers=headers, timeout=120)
     assert told.status_code == 413 and f"{limits.max_upload_bytes:,} bytes" in told.text
     assert before == set(folder.iterdir())
+
+
+def test_the_page_is_made_before_what_runs_the_model_is_loaded():
+    program = """
+import sys, app
+page = app.build(app.Space([app.BUNDLED], app.Limits()))
+print([block.value for block in page.blocks.values() if getattr(block, "label", "") == "Candidates at a time"])
+sys.exit(any(name in sys.modules for name in ("torch", "transformers")))
+"""
+    made = subprocess.run([sys.executable, "-c", program], cwd=APP.parent, env=ENVIRONMENT, capture_output=True)
+    assert (made.returncode, made.stdout.decode().strip()) == (0, f"[{saved_settings()['window']}]"), made.stderr
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_space(tmp_path):
+    """Though its page was there already."""
+    shutil.copytree(bundled_model(), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = {"VRETRVER_MODELS": str(tmp_path / "model"), "GRADIO_SERVER_PORT": str(free_port())}
+    ended = subprocess.run([sys.executable, APP], env={**ENVIRONMENT, **settings}, capture_output=True, timeout=120)
+    assert ended.returncode == 1 and b".safetensors" in ended.stderr
+
+
+def test_who_waits_for_the_model_can_cancel_and_loses_no_time(monkeypatch):
+    import app
+    from runs import Run, Stopped
+
+    begun, go, model = threading.Event(), threading.Event(), object()
+
+    def load(name):
+        begun.set()
+        assert name is None and go.wait(30)
+        return model
+
+    monkeypatch.setattr(app.Reranker, "from_pretrained", load)
+    space = app.Space([app.BUNDLED], app.Limits())
+    cancelled, short = Run(60), Run(0.5)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(space.stage, app.BUNDLED, Run(0.5))
+        assert begun.wait(30)
+        waiting = pool.submit(space.stage, app.BUNDLED, short)
+        threading.Timer(1, cancelled.cancel).start()
+        with pytest.raises(Stopped, match="Cancelled"):
+            space.stage(app.BUNDLED, cancelled)
+        go.set()
+        assert first.result() is waiting.result() and first.result().reranker is model
 
 
 def test_as_a_tool_of_an_agent(space):
