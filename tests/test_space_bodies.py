@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
@@ -111,3 +112,23 @@ def test_a_declared_size_is_not_believed(declared):
             return (await client.post("/", content=b"x" * 101, headers={b"Content-Length": declared})).status_code
 
     assert asyncio.run(ask()) == 413
+
+
+@pytest.mark.parametrize(("is_whole", "seen"), [(True, "http.disconnect"), (False, "MultiPartException")])
+def test_who_goes_before_the_body_is_whole(is_whole, seen):
+    """Gradio removes what it has written of an upload where that is raised; behind the body, it looks who is there."""
+    messages = iter([{"type": "http.request", "body": b"x", "more_body": not is_whole}, {"type": "http.disconnect"}])
+    told = []
+
+    async def looks(scope, receive, send):
+        await receive()
+        try:
+            told.append((await receive())["type"])
+        except MultiPartException:
+            told.append("MultiPartException")
+
+    async def receive():
+        return next(messages)
+
+    asyncio.run(BodyLimit(looks, LIMITS)({"type": "http", "path": UPLOAD, "headers": []}, receive, None))
+    assert told == [seen]

@@ -44,8 +44,8 @@ class BodyLimit:
             await PlainTextResponse(told, 413)(scope, receive, send)
 
 
-class _TooLarge(MultiPartException):
-    """Of this kind, so that Gradio removes what it has written of an upload."""
+class _Ended(MultiPartException):
+    """A body that does not come whole. Of this kind, so that Gradio removes what it has written of an upload."""
 
 
 class _Body:
@@ -56,6 +56,7 @@ class _Body:
         self._receive = receive
         self._send = send
         self._left = most
+        self._is_whole = False
         self._is_answered = False
 
     def declares_too_much(self, scope: Scope) -> bool:
@@ -68,7 +69,10 @@ class _Body:
         self._left -= len(message.get("body", b""))
         if self._left < 0:
             self.is_refused = not self._is_answered
-            raise _TooLarge("the request is too large")
+            raise _Ended("the request is too large")
+        if message["type"] == "http.disconnect" and not self._is_whole:
+            raise _Ended("the sender has gone")
+        self._is_whole = not message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:

@@ -8,11 +8,14 @@ import base64
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -85,6 +88,25 @@ def test_no_input_of_the_page_or_of_the_api_fetches(monkeypatch):
         for url in ("http://example.org/a.png", "https://example.org/a.png"):
             with pytest.raises(gr.Error, match="URLs are not fetched here"):
                 asyncio.run(block.async_move_resource_to_block_cache(url))
+
+
+def test_an_upload_whose_sender_goes_leaves_nothing_behind(space):
+    kept = Path(httpx.post(f"{space}{UPLOAD}", files={"files": ("a.png", b"x")}).json()[0])
+    folder = kept.parents[1]
+    before = set(folder.iterdir())
+    head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n" % UPLOAD.encode()
+    part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="b.png"\r\n\r\n'
+    with socket.create_connection(("127.0.0.1", urlsplit(space).port)) as sender:
+        sender.sendall(head + b"Content-Length: 9000000\r\n\r\n" + part + b"x" * 1_000_000)
+        wait_for(lambda: set(folder.iterdir()) != before)
+    wait_for(lambda: set(folder.iterdir()) == before)
+
+
+def wait_for(condition) -> None:
+    ends = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < ends, "it never came"
+        time.sleep(0.05)
 
 
 ROUTES = ["queue/join", "call/rerank", "run/rerank", "component_server", "mcp/"]
