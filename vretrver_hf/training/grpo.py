@@ -104,7 +104,7 @@ class GRPOScriptArguments(StageArguments):
         eval_dataset_name (`str`, *optional*):
             Where the examples to evaluate on come from; `dataset_name` by default.
         image_root (`str`, *optional*):
-            Folder that relative picture paths start from; the folder of a local source by default.
+            Folder that picture paths start from and all pictures lie below; that of a local source by default.
         reward (`str`, *optional*, defaults to `"paper"`):
             Preset of [`EvidenceReward`]: `"paper"`, `"release"` or `"need"`.
         reward_overrides (`dict` or `str`, *optional*):
@@ -120,7 +120,7 @@ class GRPOScriptArguments(StageArguments):
         default=None, metadata={"help": "File, folder or hub data set to evaluate on; dataset_name by default."}
     )
     image_root: str | None = dataclasses.field(
-        default=None, metadata={"help": "Folder that relative picture paths start from."}
+        default=None, metadata={"help": "Folder that picture paths start from and all pictures lie below."}
     )
     reward: str = dataclasses.field(default="paper", metadata={"help": "Reward preset: paper, release or need."})
     reward_overrides: dict[str, Any] | str | None = dataclasses.field(

@@ -56,7 +56,7 @@ class SFTScriptArguments(StageArguments):
         eval_dataset_name (`str`, *optional*):
             Where the conversations to evaluate on come from; `dataset_name` by default.
         image_root (`str`, *optional*):
-            Folder that relative picture paths start from; the folder of a local source by default.
+            Folder that picture paths start from and all pictures lie below; that of a local source by default.
     """
 
     stage: ClassVar[str] = "sft"
@@ -68,7 +68,7 @@ class SFTScriptArguments(StageArguments):
         default=None, metadata={"help": "Folder, file or hub data set to evaluate on; dataset_name by default."}
     )
     image_root: str | None = dataclasses.field(
-        default=None, metadata={"help": "Folder that relative picture paths start from."}
+        default=None, metadata={"help": "Folder that picture paths start from and all pictures lie below."}
     )
 
     def __post_init__(self) -> None:
