@@ -20,7 +20,7 @@ MISSED = 0.12
 NEEDLESS_SELECT, NEEDLESS_CALL = 0.08, 0.3
 """Shares of searches that begin with a look at whole scenes, which shows too little, and of scenes that need no closer
 look and get one."""
-BOX_SIDES = (0.1, 0.2)
+BOX_SIDES = (0.12, 0.26)
 """Least and most side of a crop's box, as a share of the scene; a large target gets a little more than itself."""
 GRID = 20
 """Boxes are written on a grid of so many steps a scene: 0.05 is about what a place is known to from an overview, and
