@@ -132,3 +132,17 @@ def test_who_goes_before_the_body_is_whole(is_whole, seen):
 
     asyncio.run(BodyLimit(looks, LIMITS)({"type": "http", "path": UPLOAD, "headers": []}, receive, None))
     assert told == [seen]
+
+
+def test_who_goes_before_anything_is_read_is_seen_to_go():
+    """Streams of events, whose requests have no body, look whether their reader is still there and clean up if not."""
+    told = []
+
+    async def looks(scope, receive, send):
+        told.append((await receive())["type"])
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    asyncio.run(BodyLimit(looks, LIMITS)({"type": "http", "path": "/", "headers": []}, receive, None))
+    assert told == ["http.disconnect"]

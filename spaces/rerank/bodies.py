@@ -56,7 +56,7 @@ class _Body:
         self._receive = receive
         self._send = send
         self._left = most
-        self._is_whole = False
+        self._is_begun = self._is_whole = False
         self._is_answered = False
 
     def declares_too_much(self, scope: Scope) -> bool:
@@ -70,9 +70,11 @@ class _Body:
         if self._left < 0:
             self.is_refused = not self._is_answered
             raise _Ended("the request is too large")
-        if message["type"] == "http.disconnect" and not self._is_whole:
-            raise _Ended("the sender has gone")
-        self._is_whole = not message.get("more_body", False)
+        if message["type"] == "http.disconnect":
+            if self._is_begun and not self._is_whole:
+                raise _Ended("the sender has gone")
+            return message
+        self._is_begun, self._is_whole = True, not message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:
