@@ -181,6 +181,11 @@ def test_an_engine_whose_process_has_died_is_lost(rerankers, monkeypatch):
                 engine.poll(sessions)
         engine.close(sessions[0])
         assert engine.is_lost(caught.value) == is_lost
+    with monkeypatch.context() as patch:  # it died while nothing was under way
+        patch.setattr(engine.llm.llm_engine, "add_request", mock.Mock(side_effect=EngineDeadError()))
+        with pytest.raises(EngineError) as caught:
+            begin(rerankers[0], 1)
+        assert engine.is_lost(caught.value)
 
 
 def test_a_subfolder_is_refused():

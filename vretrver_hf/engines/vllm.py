@@ -150,8 +150,10 @@ class VLLMEngine(Engine):
         try:
             self.llm.llm_engine.add_request(session.request, self._prompt(session), params, lora_request=self._lora)
         except Exception as error:  # what vLLM will not read costs this conversation, not the others
-            self._done[session] = TurnResult(session, [], None, "error", 0.0, error=self._complaint(session, error))
             session.request = None
+            if self.is_lost(error):
+                raise EngineError(self._complaint(session, error)) from error
+            self._done[session] = TurnResult(session, [], None, "error", 0.0, error=self._complaint(session, error))
         else:
             self._requests[session.request] = session
 
@@ -179,7 +181,7 @@ class VLLMEngine(Engine):
     def is_lost(self, error: Exception) -> bool:
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        return super().is_lost(error) or isinstance(error.__cause__, EngineDeadError)
+        return super().is_lost(error) or isinstance(error.__cause__ or error, EngineDeadError)
 
     def shutdown(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
