@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -100,6 +102,12 @@ def test_what_stands_around_an_observation_does_not_depend_on_it(encoder, pictur
     for _ in range(2):  # the second is put together from what the first one left
         encoded = encoder.observation(Observation(text, images, True, refs))
         assert encoded.text == rendered[rendered.rindex("a<|im_end|>") + len("a<|im_end|>") :]
+
+
+def test_it_can_be_sent_to_another_process(encoder):
+    observation = Observation("Not so.", [], False)
+    expected = encoder.observation(observation).token_ids
+    assert pickle.loads(pickle.dumps(encoder)).observation(observation).token_ids == expected
 
 
 def test_decoding_drops_end_marks_and_keeps_tags(encoder):

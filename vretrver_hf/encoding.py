@@ -7,7 +7,6 @@ sampled is never decoded and tokenised again.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -121,8 +120,7 @@ class Encoder:
         self.factor: int = image_processor.patch_size * image_processor.merge_size
         """Sides of a picture are multiples of this many pixels; one image token covers a square of it."""
         self._frames: dict[int, tuple[str, str]] = {}
-        # What stands between pictures, and whole prompts in a group of rollouts, come again and again.
-        self._tokens = functools.lru_cache(_PIECES)(self._tokenise)
+        self._pieces: dict[str, list[int]] = {}
         self.end_of_turn: int = self._special(_END_OF_TURN)
         self.end_of_call: int = self._special("</tool_call>")
         self.image_pad: int = self._special("<|image_pad|>")
@@ -208,8 +206,13 @@ class Encoder:
                 token_ids += [self.image_pad] * self.image_tokens(ref)
         return Encoded(token_ids=token_ids, images=images, refs=refs, text=text)
 
-    def _tokenise(self, piece: str) -> list[int]:
-        return self.tokenizer.encode(piece, add_special_tokens=False)
+    def _tokens(self, piece: str) -> list[int]:
+        """Remembered, since what stands between pictures comes again and again."""
+        if piece not in self._pieces:
+            if len(self._pieces) >= _PIECES:
+                self._pieces.clear()
+            self._pieces[piece] = self.tokenizer.encode(piece, add_special_tokens=False)
+        return self._pieces[piece]
 
     def _special(self, token: str) -> int:
         ids = self.tokenizer.encode(token, add_special_tokens=False)
