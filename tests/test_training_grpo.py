@@ -61,10 +61,11 @@ class RecordingTrainer(EvidenceGRPOTrainer):
 
 
 def make_trainer(
-    family, examples, output_dir, reward=None, freeze=False, preset=PRESET, max_turn_tokens=16, **arguments
+    family, examples, output_dir, reward=None, freeze=False, preset=PRESET, max_turn_tokens=16, name="", **arguments
 ):
     processor = make_processor(family)
     model = make_model(family, processor)
+    model.config._name_or_path = str(name)  # where TRL finds a reference model
     model.model.visual.requires_grad_(not freeze)
     settings = {
         "per_device_train_batch_size": 4,
@@ -298,6 +299,34 @@ class TestTraining:
         trainer.train()
         assert "pixel_values" not in trainer.batches[0]
         assert difference(trainer, on_first_inputs(trainer)) < 1e-4
+
+    @pytest.mark.parametrize("freeze", [False, True])
+    def test_batches_without_pictures_among_others(self, picture, scripts, tmp_path, freeze):
+        """TRL rolls out for several backward passes together, and one of these may have no picture of its own."""
+        scripts |= dict(enumerate(SCRIPTS.values()))
+        example = make_example(picture)
+        texts = dataclasses.replace(
+            example, query_id="texts", candidates=[Item(text="a"), Item(text="b"), Item(text="c")]
+        )
+        small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+        trainer = make_trainer(
+            "qwen2_5_vl", [example, texts], tmp_path, freeze=freeze, max_turn_tokens=400, max_steps=1, **small
+        )
+        trainer.train()
+        assert trainer.batches[0]["image_grid_thw"].tolist().count([1, 2, 2]) == 4  # one black token each
+        assert trainer.batches[0]["num_images"].count(1) == 4 and trainer.state.global_step == 1
+
+    def test_a_reference_model_is_shown_the_pictures_too(self, family, picture, scripts, tmp_path):
+        scripts |= dict(enumerate(SCRIPTS.values()))
+        saved = tmp_path / "model"
+        processor = make_processor(family)
+        make_model(family, processor).save_pretrained(saved)
+        trainer = make_trainer(
+            family, [make_example(picture)], tmp_path, freeze=True, name=saved, max_turn_tokens=400, beta=0.1
+        )
+        trainer.train()
+        kl = [row["kl"] for row in trainer.state.log_history if "kl" in row]
+        assert kl[0] == pytest.approx(0, abs=1e-6) and kl[1] > 0
 
     def test_attention_does_without_cudnn_in_rollouts_and_both_passes_of_the_loss(
         self, picture, tmp_path, monkeypatch

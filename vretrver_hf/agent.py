@@ -18,7 +18,7 @@ from .trajectory import Trajectory, Turn
 
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor
+    from concurrent.futures import ThreadPoolExecutor
 
     from PIL import Image
 
@@ -132,7 +132,7 @@ class AgentLoop:
             How tokens are drawn; greedily by default.
         on_event (`Callable[[Event], None]`, *optional*):
             Called with each [`Event`] as it happens.
-        pool (`concurrent.futures.Executor`, *optional*):
+        pool (`concurrent.futures.ThreadPoolExecutor`, *optional*):
             Threads that carry out the calls of turns which end together; one after another by default.
     """
 
@@ -141,7 +141,7 @@ class AgentLoop:
         engine: Engine,
         sampling: Sampling | None = None,
         on_event: Callable[[Event], None] | None = None,
-        pool: Executor | None = None,
+        pool: ThreadPoolExecutor | None = None,
     ):
         self.engine = engine
         self.sampling = sampling or Sampling()
@@ -169,6 +169,8 @@ class AgentLoop:
 
         Raises:
             `RuntimeError`: if the engine has no room, since somebody else's conversations hold it.
+
+        What a callback, a tool or the engine raises leaves turns without their answers: cancel the loop then.
         """
         ended = []
         while self._waiting and len(self._playing) < self.engine.max_sessions:

@@ -23,7 +23,7 @@ class FeatureCache:
     Remembers what a frozen vision tower made of each picture.
 
     The rollouts of a group show the same pictures, and the loss reads all of them again: without it a picture passes
-    the tower twice for every rollout, and its pixels, two kilobytes a token and more, travel to the device as often.
+    the tower twice for every rollout, and its pixels, some 19 kilobytes a token, travel to the device as often.
     So while [`FeatureCache.numbered`] lasts, the image processor gives a number in place of a picture's pixels, and
     the tower, whose `forward` is replaced, answers to numbers with what the engine of the rollouts has computed.
     Pixels still pass it as ever.
@@ -47,7 +47,7 @@ class FeatureCache:
         self._image_processor = image_processor
         self._pixels = copy.copy(image_processor)  # gives pixels also while the other one gives numbers
         self._compute = tower.forward
-        self._numbered: dict[int, tuple[str, PIL.Image.Image]] = {}
+        self._numbered: dict[int, tuple[str, PIL.Image.Image]] = {}  # mode and picture of each number
         self._next_number = 0
         self._mode = "train"
         self.pictures = {mode: self._nothing() for mode in ("train", "eval")}
@@ -55,12 +55,13 @@ class FeatureCache:
 
     def begin(self, mode: Literal["train", "eval"]) -> PictureFeatures:
         """
-        Forgets the last batch of that mode; what training still needs outlives an evaluation. Returns what is to be
-        filled with the features of the next.
+        Forgets the last batch, but for what training still needs behind an evaluation. Returns what is to be filled
+        with the features of the next.
         """
         self._mode = mode
-        self._numbered = {number: known for number, known in self._numbered.items() if known[0] != mode}
-        self.pictures[mode] = self._nothing()
+        for ended in {mode, "eval"}:
+            self._numbered = {number: known for number, known in self._numbered.items() if known[0] != ended}
+            self.pictures[ended] = self._nothing()
         return self.pictures[mode]
 
     @contextlib.contextmanager

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from PIL import Image
@@ -202,10 +202,10 @@ def to_rollout(trajectory: Trajectory, pictures: Sequence[Image.Image], encoder:
 
 def with_unseen_picture(rollout: Rollout, encoder: Encoder) -> Rollout:
     """
-    The rollout with a blank picture behind its end, which nothing attends to. Where a tower that is trained
-    is sharded (ZeRO-3, FSDP), a process whose batch has no picture would skip it and leave the others waiting for it.
+    The rollout with a blank picture behind its end, which nothing attends to. The models fail at a batch that has no
+    picture where TRL, which looks at all batches of a step together, says that it has some. And where a tower that is
+    trained is sharded (ZeRO-3, FSDP), a process without any would skip it and leave the others waiting for it.
     """
-    blank = Image.new("RGB", (encoder.factor, encoder.factor))
     # The last token comes again, since TRL tells by it whether a completion was cut off.
     appended = [encoder.image_pad, rollout.completion_ids[-1]]
     return dataclasses.replace(
@@ -213,8 +213,13 @@ def with_unseen_picture(rollout: Rollout, encoder: Encoder) -> Rollout:
         completion_ids=rollout.completion_ids + appended,
         mask=rollout.mask + [0] * len(appended),
         logprobs=None if rollout.logprobs is None else rollout.logprobs + [0.0] * len(appended),
-        images=[blank],
+        images=[unseen_picture(encoder)],
     )
+
+
+def unseen_picture(encoder: Encoder) -> Image.Image:
+    """What [`with_unseen_picture`] adds: one token of black."""
+    return Image.new("RGB", (encoder.factor, encoder.factor))
 
 
 class _DecodedItem(Item):
@@ -230,7 +235,7 @@ class _RolloutLoop(AgentLoop):
     prompt and fit them to their size, and prompts are encoded, once for a group; threads also carry out calls.
     """
 
-    def __init__(self, engine: Engine, sampling: Sampling, pool: Executor):
+    def __init__(self, engine: Engine, sampling: Sampling, pool: ThreadPoolExecutor):
         super().__init__(engine, sampling, pool=pool)
         self.pictures: dict[int, list[Image.Image]] = {}
         self._pool = pool

@@ -47,7 +47,7 @@ from ._common import (
     save_trained,
 )
 from ._features import FeatureCache
-from ._rollouts import RecordedEnvironment, Rollout, play_rollouts, with_unseen_picture
+from ._rollouts import RecordedEnvironment, Rollout, play_rollouts, unseen_picture, with_unseen_picture
 from ._sharding import whole_weights
 from .health import HealthCallback
 
@@ -276,7 +276,8 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
             _check_limits(folder_limits, self.preset, self.encoder)
         elif args.use_vllm:
             self.vllm_generation.llm = SizedLLM(self.vllm_generation.llm, processing_class.image_processor.size)
-        cached = not args.use_vllm and not self._tower_is_trained
+        # A reference model, with a tower of its own, reads the same pictures, and must be given their pixels.
+        cached = not args.use_vllm and not self._tower_is_trained and self.ref_model is None
         self.features = FeatureCache(tower, processing_class.image_processor) if cached else None
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -350,9 +351,13 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
             if self.features is not None:
                 engine.features = self.features.begin(mode)
             rollouts = play_rollouts(engine, tasks, sampling, self.max_completion_length)
+            is_mixed = any(rollout.images for rollout in rollouts) and not all(rollout.images for rollout in rollouts)
+            if is_mixed and self.features is not None:
+                self.features.pictures[mode].tower_output([unseen_picture(self.encoder)])
         for environment, rollout in zip(self.environments, rollouts, strict=True):
             environment.trajectory = rollout.trajectory
-        if self._tower_is_trained and (self._dist.is_zero3 or self._dist.is_fsdp):
+        tower_is_shared = self._tower_is_trained and (self._dist.is_zero3 or self._dist.is_fsdp)
+        if is_mixed or tower_is_shared:
             rollouts = [
                 rollout if rollout.images else with_unseen_picture(rollout, self.encoder) for rollout in rollouts
             ]
