@@ -378,3 +378,5 @@ def test_new_turns_wait_for_each_other_while_many_write(model, processor, monkey
     assert sum(few) == sum(many) == 3 * len(tasks) and len(few) < 0.7 * len(many)
     for one, other in zip(patient, eager, strict=True):
         assert one.token_ids == other.token_ids and one.finish == "answer"
+        known = [value for value in one.logprobs if value is not None]
+        assert known == pytest.approx([value for value in other.logprobs if value is not None], abs=1e-5)

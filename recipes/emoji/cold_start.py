@@ -75,11 +75,14 @@ def trajectories(
     context, workers = multiprocessing.get_context("fork"), len(os.sched_getaffinity(0))
     tools = (source, encoder, Exporter(source.art), max_turn_tokens)
     with ProcessPoolExecutor(workers, context, initializer=_adopt, initargs=(tools,)) as pool:
-        for played, is_right in pool.map(_play, range(count), chunksize=8):
-            told["trajectories"] += 1
-            told["calls"] += played.trajectory.num_calls
-            told["right first"] += is_right
-            yield played
+        try:
+            for played, is_right in pool.map(_play, range(count), chunksize=8):
+                told["trajectories"] += 1
+                told["calls"] += played.trajectory.num_calls
+                told["right first"] += is_right
+                yield played
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 _TOOLS: tuple[Source, Encoder, Exporter, int] | None = None

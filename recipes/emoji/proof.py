@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
@@ -92,9 +92,9 @@ def tables(proof: Proof) -> str:
     sections = {
         "Models": main_table(proof),
         "Differences": difference_table(proof),
-        "Right first, by task": group_table(proof, "hit@1", KINDS_LAST),
-        "Calls, by task": group_table(proof, "calls", KINDS_LAST),
-        "Scenes, by kind of question": group_table(proof, "hit@1", KINDS_ONLY),
+        "Right first, by task": group_table(proof, "hit@1", "task"),
+        "Calls, by task": group_table(proof, "calls", "task"),
+        "Scenes, by kind of question": group_table(proof, "hit@1", "kind"),
     }
     mixes = [
         f"`{name}`, {told['n']:,} queries: " + ", ".join(f"{count} {task}" for task, count in told["mix"].items())
@@ -141,17 +141,14 @@ def difference_table(proof: Proof) -> str:
     return markdown_table(["model", "against", *columns], rows)
 
 
-KINDS_LAST, KINDS_ONLY = "tasks", "kinds"
-
-
-def group_table(proof: Proof, metric: str, which: str) -> str:
+def group_table(proof: Proof, metric: str, which: Literal["task", "kind"]) -> str:
     """
     Groups of queries in rows, models in columns.
 
     Args:
         proof (`dict`): What [`summarize`] made.
         metric (`str`): What is shown.
-        which (`str`): Tasks, or kinds of questions about scenes.
+        which (`str`): `"task"`, or `"kind"` of the questions about scenes.
     """
     models = proof["models"]
     rows = []
@@ -159,12 +156,12 @@ def group_table(proof: Proof, metric: str, which: str) -> str:
         by_model = [model["sets"].get(set_name, {}) for model in models]
         names = dict.fromkeys(name for groups in by_model for name in groups if name != ALL)
         for name in names:
-            if ("/" in name) == (which == KINDS_ONLY):
+            if ("/" in name) == (which == "kind"):
                 counts = [groups[name]["n"] for groups in by_model if name in groups]
                 shown = _rate if metric == "hit@1" else _mean
                 cells = [shown(groups.get(name, {}), metric) for groups in by_model]
                 rows.append([name, set_name.removeprefix("test_").replace("test", "combination"), counts[0], *cells])
-    return markdown_table(["task" if which == KINDS_LAST else "kind", "split", "n", *map(_of, models)], rows)
+    return markdown_table([which, "split", "n", *map(_of, models)], rows)
 
 
 def draw_curves(proof: Proof, path: Path) -> None:

@@ -4,7 +4,7 @@ Agent loop against a bare `generate` over the same tokens, in one run.
 Both read the same prompts with the same pictures and the same observations, and write the same number of tokens in
 the same number of rows. `generate` does it in one go with everything that is read up front; the loop does it in
 turns, decodes and parses each, answers it, and prefills what is new. Told besides: how much of the loop's time passes
-in the model, in the tools, and in neither.
+in the model, in the tools, and in neither, where the same model is made to write real calls of as many tokens.
 
     python tests/benchmarks/agent_loop.py [--rows 8] [--turns 3] [--tokens 64] [--repeats 5]
 
@@ -21,15 +21,24 @@ import contextlib
 import dataclasses
 import resource
 import statistics
+import sys
+from pathlib import Path
 from unittest import mock
 
 import subject
 import torch
 from timing import timed
 
-from vretrver_hf.agent import play
+from vretrver_hf.agent import AgentTask, play
+from vretrver_hf.encoding import Encoder
 from vretrver_hf.engines import Sampling
+from vretrver_hf.protocol import format_answer, format_call, format_turn
 from vretrver_hf.tools import VisualTools
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from scripted import ForcedEngine
 
 
 def main() -> None:
@@ -65,7 +74,8 @@ def main() -> None:
     print(f"agent loop     {loop:7.3f} s  (min {min(loop_times):.3f}, max {max(loop_times):.3f})")
     print(f"bare generate  {plain:7.3f} s  (min {min(bare_times):.3f}, max {max(bare_times):.3f})")
     print(f"ratio          {loop / plain:7.3f}")
-    parts = shares(engine, lambda: play(engine, tasks, sampling))
+    forced, tasks = make_calls(engine, tasks, args.turns, args.tokens)
+    parts = shares(forced, lambda: play(forced, tasks, Sampling(max_turn_tokens=2 * args.tokens + 64)))
     whole = sum(parts.values())
     print("time of the loop in " + ", ".join(f"{part} {seconds / whole:.1%}" for part, seconds in parts.items()))
     print(f"peak memory    {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:7.2f} GiB")
@@ -100,6 +110,26 @@ def bare(engine, inputs, tokens: int) -> None:
         suppress_tokens=engine.encoder.suppressed_ids,
     )
     assert output.shape[1] == inputs["input_ids"].shape[1] + tokens
+
+
+def make_calls(engine, tasks, turns: int, tokens: int) -> tuple[ForcedEngine, list[AgentTask]]:
+    """The model and its tasks, so that it calls tools in all turns but the last, which is an answer."""
+    tools = [
+        format_call("crop_image", {"bbox_2d": [0.1, 0.1, 0.6, 0.6], "target_image": 1}),
+        format_call("select_images", {"target_images": [1, 2]}),
+    ]
+    encoder = Encoder(engine.encoder.processor, engine.encoder.family)
+    length = len(encoder.tokenizer.encode(tools[0]))
+    thought = "so " * max(tokens - length - 4, 1)
+
+    def script(query_id: str, turn: int) -> str:
+        last = turn == turns - 1
+        return format_turn(thought, format_answer(range(len(tasks[0].candidates))) if last else tools[turn % 2])
+
+    preset = dataclasses.replace(tasks[0].preset, max_calls=turns)
+    forced = ForcedEngine(engine.model, encoder.processor, script, max_sessions=engine.max_sessions)
+    forced.features = engine.features  # known, as in all runs behind the first
+    return forced, [dataclasses.replace(task, preset=preset) for task in tasks]
 
 
 def shares(engine, action) -> dict[str, float]:
