@@ -387,7 +387,7 @@ def test_aimed_boxes_show_the_target_and_others_seldom(source):
         seen = [tools.crop_image(aim_box(scene, rng), 1).refs[0].box for _ in range(4)]
         assert all(in_view(scene, box) for box in seen)
         shares = [(box[2] - box[0]) / scene.side for box in seen]
-        assert max(shares) < 0.27  # a crop shows one thing closely
+        assert max(shares) < 0.32  # a crop shows one thing closely
         best = tools.crop_image(box_around(scene.objects[scene.target], scene), 1).refs[0].box
         assert in_view(scene, best)
     assert not in_view(scene, (0, 0, 1, 1))
@@ -395,7 +395,7 @@ def test_aimed_boxes_show_the_target_and_others_seldom(source):
 
 def test_boxes_lie_on_a_grid_within_the_scene():
     scene = Scene((Placed(Drawing("noto", "1f550"), 960, 504, 42),), 0, 1008)  # middle at 0.973, 0.521
-    assert box_around(scene.objects[0], scene) == [0.85, 0.45, 1.0, 0.6]  # three steps of 0.05, not beyond the edge
+    assert box_around(scene.objects[0], scene) == [0.8, 0.4, 1.0, 0.6]  # four steps of 0.05, not beyond the edge
     large = Scene((Placed(Drawing("noto", "1f550"), 60, 372, 276),), 0, 1008)  # 1.2 of its side are 6.57 steps
     assert box_around(large.objects[0], large) == [0.0, 0.35, 0.35, 0.7]
 
@@ -500,9 +500,9 @@ def test_a_close_up_is_what_a_crop_shows(source, table):
     case = source.cases.plain(example)
     close = close_up(case, random.Random(1))
     for side in close.candidates:
-        assert max(side.view.size) < 273 and len(side.view.layers) <= 3
+        assert max(side.view.size) < 0.32 * 1008 and len(side.view.layers) <= 3
         picture = np.asarray(_pixels(table, side.view.within(PRESET.inspect_pixels)))
-        assert (picture < 200).mean() > 0.02  # the clock is in it
+        assert (picture < 200).mean() > 0.01  # the clock is in it
 
 
 def test_every_trajectory_of_the_cold_start_comes_once_an_epoch(source):
