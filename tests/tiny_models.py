@@ -56,15 +56,21 @@ def make_processor(family: str):
     return Qwen3VLProcessor(image_processor=image, tokenizer=tokenizer, video_processor=video)
 
 
+def vision_token_ids(tokenizer) -> dict[str, int]:
+    """The control tokens of pictures, under the names that configurations give them."""
+    token = tokenizer.convert_tokens_to_ids
+    return {
+        "image_token_id": token("<|image_pad|>"),
+        "video_token_id": token("<|video_pad|>"),
+        "vision_start_token_id": token("<|vision_start|>"),
+        "vision_end_token_id": token("<|vision_end|>"),
+    }
+
+
 def make_model(family: str, processor, seed: int = 0, heads: int = 4):
     """A random model in float32, with weights so large that its tokens depend on what it reads."""
     tokenizer = processor.tokenizer
-    ids = {
-        "image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        "video_token_id": tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        "vision_start_token_id": tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        "vision_end_token_id": tokenizer.convert_tokens_to_ids("<|vision_end|>"),
-    }
+    ids = vision_token_ids(tokenizer)
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,

@@ -185,8 +185,8 @@ class Reranker:
             raise ValueError(f"engine {engine!r} takes no adapter here; vLLM takes `lora`, an endpoint what it serves")
         source = _Source(_default_model(engine) if name is None else name, revision, subfolder)
         lora = None if adapter is None else _Source(adapter, **(adapter_kwargs or {}))
-        if engine == "transformers" and lora is None and (base := source.base_model()) is not None:
-            source, lora = _Source(base), source
+        if engine == "transformers" and lora is None:
+            source, lora = source.parts()
         config = (lora and lora.config()) or source.config(required=engine != "openai")
         name = source.name
         if lora is not None:
@@ -472,9 +472,8 @@ def saved_settings(name: str | Path | None = None) -> dict[str, Any]:
     Returns:
         `dict`: `preset`, `window`, `stride`, `sampling` and `tools`.
     """
-    source = _Source(bundled_model() if name is None else name)
-    base = source.base_model()
-    return {**_USUAL, **(source.config() or ({} if base is None else _Source(base).config()))}
+    source, lora = _Source(bundled_model() if name is None else name).parts()
+    return {**_USUAL, **((lora and lora.config()) or source.config())}
 
 
 def _default_model(engine: str) -> Path:
@@ -522,6 +521,11 @@ class _Source:
     @property
     def place(self) -> dict[str, Any]:
         return {"revision": self.revision, "subfolder": self.subfolder}
+
+    def parts(self) -> tuple[_Source, _Source | None]:
+        """The model, and the adapter that stands here for it, if this is one."""
+        base = self.base_model()
+        return (self, None) if base is None else (_Source(base), self)
 
     def base_model(self) -> str | None:
         """The base of an adapter; `None` where this is a model."""

@@ -30,7 +30,6 @@ import torch
 from timing import timed
 
 from vretrver_hf.agent import AgentTask, play
-from vretrver_hf.encoding import Encoder
 from vretrver_hf.engines import Sampling
 from vretrver_hf.protocol import format_answer, format_call, format_turn
 from vretrver_hf.tools import VisualTools
@@ -118,16 +117,15 @@ def make_calls(engine, tasks, turns: int, tokens: int) -> tuple[ForcedEngine, li
         format_call("crop_image", {"bbox_2d": [0.1, 0.1, 0.6, 0.6], "target_image": 1}),
         format_call("select_images", {"target_images": [1, 2]}),
     ]
-    encoder = Encoder(engine.encoder.processor, engine.encoder.family)
-    length = len(encoder.tokenizer.encode(tools[0]))
-    thought = "so " * max(tokens - length - 4, 1)
+    processor = engine.encoder.processor
+    thought = "so " * max(tokens - len(processor.tokenizer.encode(tools[0])) - 4, 1)
 
     def script(query_id: str, turn: int) -> str:
         last = turn == turns - 1
         return format_turn(thought, format_answer(range(len(tasks[0].candidates))) if last else tools[turn % 2])
 
     preset = dataclasses.replace(tasks[0].preset, max_calls=turns)
-    forced = ForcedEngine(engine.model, encoder.processor, script, max_sessions=engine.max_sessions)
+    forced = ForcedEngine(engine.model, processor, script, max_sessions=engine.max_sessions)
     forced.features = engine.features  # known, as in all runs behind the first
     return forced, [dataclasses.replace(task, preset=preset) for task in tasks]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +17,11 @@ from vretrver_hf.engines.transformers import TransformersEngine
 from vretrver_hf.protocol import Preset, get_preset
 from vretrver_hf.reranker import bundled_model
 from vretrver_hf.samples import load_samples
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tiny_models import vision_token_ids
 
 
 PICTURE = 640, 480
@@ -67,10 +74,7 @@ def shape_of_7b(processor, layers: int) -> Qwen2_5_VLConfig:
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=False,
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
+        **vision_token_ids(processor.tokenizer),
     )
 
 
