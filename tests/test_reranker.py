@@ -145,10 +145,12 @@ def test_a_batch_can_record_bad_items_and_go_on(perfect, tmp_path):
 def test_a_picture_that_vanishes_costs_its_query_only(perfect, tmp_path, picture):
     gone = tmp_path / "gone.png"
     picture().save(gone)
-    pairs = [("q", ["a", Item(image=gone)]), ("q", numbers(3))]
+    # Of more candidates than a window holds, pictures are read anew for each window.
+    pairs = [("q", ["a", Item(image=gone), "b"]), ("q", numbers(2))]
     vanish = lambda event: gone.unlink(missing_ok=True) if event.kind == "window" else None  # noqa: E731
-    bad, good = Reranker(perfect.engine(), PRESET).rank_batch(pairs, on_event=vanish)
-    assert bad.error and bad.order == [0, 1] and good.error is None and good.status == "ok"
+    reranker = Reranker(perfect.engine(), PRESET, window=2, stride=1)
+    bad, good = reranker.rank_batch(pairs, on_event=vanish)
+    assert "candidate 2" in bad.error and bad.order == [0, 1, 2] and good.error is None and good.status == "ok"
 
 
 def test_the_stream_tells_events_and_ends_with_the_ranking(encoder, picture):

@@ -13,18 +13,21 @@ from .encoding import Encoded
 from .engines.base import Engine, Sampling, Session, TurnResult
 from .images import ItemError
 from .parsing import ParsedTurn, parse_ranking, parse_turn
+from .pictures import Picture, PictureLoader
 from .tools import Observation, VisualTools
 from .trajectory import Trajectory, Turn
 
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
-
     from PIL import Image
 
     from .images import ImageRef
     from .items import Item
     from .protocol import Preset
+
+
+AHEAD = 0.125
+"""Tasks whose pictures are read before there is room for them, as a share of those under way."""
 
 
 @dataclasses.dataclass
@@ -125,6 +128,9 @@ class AgentLoop:
     model in words. Each turn that is not an answer costs one of the preset's `max_calls`; when none is left the model
     is told to answer, once.
 
+    Threads read the pictures of tasks that wait, and carry out the calls of turns that end together. Tasks that show
+    the same items, such as the rollouts of a group, share what was read, and neighbours among them their prompt.
+
     Args:
         engine (`Engine`):
             Runs the model.
@@ -132,8 +138,10 @@ class AgentLoop:
             How tokens are drawn; greedily by default.
         on_event (`Callable[[Event], None]`, *optional*):
             Called with each [`Event`] as it happens.
-        pool (`concurrent.futures.ThreadPoolExecutor`, *optional*):
-            Threads that carry out the calls of turns which end together; one after another by default.
+
+    Attributes:
+        pictures (`PictureLoader`):
+            Reads the tasks' pictures.
     """
 
     def __init__(
@@ -141,23 +149,44 @@ class AgentLoop:
         engine: Engine,
         sampling: Sampling | None = None,
         on_event: Callable[[Event], None] | None = None,
-        pool: ThreadPoolExecutor | None = None,
     ):
         self.engine = engine
         self.sampling = sampling or Sampling()
+        self.pictures = PictureLoader(engine.encoder.factor)
         self._on_event = on_event or (lambda event: None)
-        self._map = map if pool is None else pool.map
-        self._waiting: collections.deque[AgentTask] = collections.deque()
+        self._waiting: collections.deque[_Waiting] = collections.deque()
         self._playing: dict[Session, _Rollout] = {}
+        self._last_prompt: tuple[AgentTask, Encoded] | None = None
 
     @property
     def num_active(self) -> int:
         """Trajectories that wait or are under way."""
         return len(self._waiting) + len(self._playing)
 
-    def submit(self, task: AgentTask) -> None:
-        """Adds a trajectory."""
-        self._waiting.append(task)
+    @property
+    def is_hungry(self) -> bool:
+        """Whether more tasks should be added: those that can begin, and some whose pictures are read meanwhile."""
+        room = self.engine.max_sessions
+        return self.num_active < room + max(1, round(AHEAD * room))
+
+    def submit(self, task: AgentTask, next_up: bool = False) -> None:
+        """
+        Adds a trajectory.
+
+        Args:
+            task (`AgentTask`):
+                What to play.
+            next_up (`bool`, *optional*, defaults to `False`):
+                Whether it begins before those that wait.
+        """
+        places = task.candidate_indices or range(len(task.candidates))
+        names = ["query", *(f"candidate {place + 1}" for place in places)]
+        pictures = [
+            None if item.image is None else self.pictures.load(item, task.preset, name)
+            for name, item in zip(names, [task.query, *task.candidates], strict=True)
+        ]
+        add = self._waiting.appendleft if next_up else self._waiting.append
+        add(_Waiting(task, pictures))
 
     def step(self) -> list[tuple[AgentTask, Trajectory]]:
         """
@@ -174,9 +203,10 @@ class AgentLoop:
         """
         ended = []
         while self._waiting and len(self._playing) < self.engine.max_sessions:
-            task = self._waiting.popleft()
+            waiting = self._waiting.popleft()
+            task = waiting.task
             try:
-                rollout = self._start(task)
+                rollout = self._start(waiting)
             except ItemError as error:
                 failed = _failed(task, self.sampling.seed, error)
                 ended.append((task, failed))
@@ -194,7 +224,7 @@ class AgentLoop:
         rollouts = [self._playing[result.session] for result in results]
         for rollout, result in zip(rollouts, results, strict=True):
             self._record(rollout, result)
-        for rollout, observation in zip(rollouts, self._map(_Rollout.respond, rollouts), strict=True):
+        for rollout, observation in zip(rollouts, self.pictures.map(_Rollout.respond, rollouts), strict=True):
             if self._advance(rollout, observation):
                 ended.append(self._end(rollout))
         return ended
@@ -203,14 +233,14 @@ class AgentLoop:
         """
         Plays tasks as they come and yields each with its trajectory as it ends, not in order.
 
-        Only as many tasks are taken from `tasks` as the engine has room for, so it may be endless or large. Closing
+        Only few more tasks are taken from `tasks` than the engine has room for, so it may be endless or large. Closing
         the iterator stops what is under way.
         """
         source = iter(tasks)
         exhausted = False
         try:
             while True:
-                while not exhausted and self.num_active < self.engine.max_sessions:
+                while not exhausted and self.is_hungry:
                     task = next(source, None)
                     if task is None:
                         exhausted = True
@@ -225,7 +255,7 @@ class AgentLoop:
     def cancel(self, query_id: str | None = None) -> list[tuple[AgentTask, Trajectory]]:
         """Stops one query, or everything, and frees the engine; hands back what had begun. Tells no event."""
         self._waiting = collections.deque(
-            task for task in self._waiting if query_id is not None and task.query_id != query_id
+            waiting for waiting in self._waiting if query_id is not None and waiting.task.query_id != query_id
         )
         chosen = [s for s, rollout in self._playing.items() if query_id is None or rollout.task.query_id == query_id]
         stopped = [self._playing.pop(session) for session in chosen]
@@ -234,11 +264,12 @@ class AgentLoop:
             rollout.trajectory.finish = "cancelled"
         return [(rollout.task, rollout.trajectory) for rollout in stopped]
 
-    def _start(self, task: AgentTask) -> _Rollout:
-        rollout = _Rollout(task, self.engine.encoder.factor, self.sampling.seed)
+    def _start(self, waiting: _Waiting) -> _Rollout:
+        task = waiting.task
+        rollout = _Rollout(task, waiting.pictures, self.engine.encoder.factor, self.sampling.seed)
         rollout.trajectory.exact_tokens = self.engine.exact_tokens
         started = time.perf_counter()
-        encoded = self._prompt(task, rollout.load_image)
+        encoded = self._prompt(waiting)
         seconds = time.perf_counter() - started
         rollout.trajectory.turns.append(
             Turn("prompt", encoded.token_ids, encoded.text, images=encoded.refs, seconds=seconds)
@@ -260,9 +291,18 @@ class AgentLoop:
         else:
             self.engine.submit(rollout.session, encoded, self.sampling)
 
-    def _prompt(self, task: AgentTask, load_image: Callable[[int], Image.Image]) -> Encoded:
-        """What the model reads first."""
-        return self.engine.encoder.prompt(task.messages(), load_image, task.preset)
+    def _prompt(self, waiting: _Waiting) -> Encoded:
+        """What the model reads first, encoded once for neighbours that show the same."""
+        task, pictures = waiting.task, waiting.pictures
+        if self._last_prompt is None or not _open_alike(self._last_prompt[0], task):
+            encoded = self.engine.encoder.prompt(
+                task.messages(),
+                lambda number: pictures[number].original,
+                task.preset,
+                lambda ref, original: pictures[ref.index].overview,
+            )
+            self._last_prompt = task, encoded
+        return self._last_prompt[1]
 
     def _record(self, rollout: _Rollout, result: TurnResult) -> None:
         """Writes down a model turn, or that there is none, and tells of it."""
@@ -344,25 +384,37 @@ class AgentLoop:
         return rollout.task, trajectory
 
 
+@dataclasses.dataclass
+class _Waiting:
+    """A task, and the pictures of its query and candidates, which are being read."""
+
+    task: AgentTask
+    pictures: list[Picture | None]
+
+
+def _open_alike(one: AgentTask, other: AgentTask) -> bool:
+    """Whether two tasks begin with the same prompt: several samples of one window."""
+    pairs = zip([one.query, *one.candidates], [other.query, *other.candidates], strict=False)
+    return (
+        len(one.candidates) == len(other.candidates)
+        and all(item is twin for item, twin in pairs)
+        and (one.preset, one.tools, one.prompt) == (other.preset, other.tools, other.prompt)
+    )
+
+
 class _Rollout:
     """A trajectory under way: its record, its pictures and what is left of its budget."""
 
-    def __init__(self, task: AgentTask, factor: int, seed: int):
+    def __init__(self, task: AgentTask, pictures: Sequence[Picture | None], factor: int, seed: int):
         self.task = task
         self.session: Session | None = None
         self.parsed: ParsedTurn | None = None  # the last turn
         self.calls_left = task.preset.max_calls if task.tools else 0
         self._warned = False
-        self._images: list[Image.Image | None] = [
-            item.load_image() if item.image is not None else None for item in [task.query, *task.candidates]
-        ]
-        self._tools = VisualTools(self._images[0], self._images[1:], preset=task.preset, factor=factor)
+        images = [None if picture is None else picture.original for picture in pictures]
+        self._pictures = pictures  # those who show the same items share them as long as somebody does
+        self._tools = VisualTools(images[0], images[1:], preset=task.preset, factor=factor)
         self.trajectory = _blank(task, seed)
-
-    def load_image(self, number: int) -> Image.Image:
-        image = self._images[number]
-        assert image is not None, number  # prompts show only pictures that there are
-        return image
 
     def respond(self) -> Observation | None:
         """What the model sees next; `None` where the trajectory has ended or the model has had its last word."""

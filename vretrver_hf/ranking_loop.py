@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .agent import AgentLoop, AgentTask, Event
 from .items import Item
+from .pictures import PictureLoader, named
 from .ranking import Ranking
 from .trajectory import Trajectory
 from .windows import WindowWalk
 
 
 if TYPE_CHECKING:
+    from .protocol import Preset
     from .reranker import Prompt, Reranker
 
 _WORSE = ("ok", "repaired", "fallback")
@@ -58,12 +60,31 @@ class RankingJob:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         self._top_k = top_k
         self._walk = WindowWalk(len(candidates), window, stride, passes)
+        self._is_one_window = len(candidates) <= window
+        self._checks: list[Callable[[], Any]] = []
 
-    def check(self) -> None:
-        """Reads every picture once, so that a bad one is known before the model runs. Pixels are not kept."""
-        for name, item in [("query", self.query), *((f"candidate {i}", c) for i, c in enumerate(self.candidates, 1))]:
-            if item.image is not None:
-                item.load_image(name=name)
+    def begin_check(self, pictures: PictureLoader, preset: Preset) -> None:
+        """
+        Begins to read every picture, so that a bad one is known before the model runs.
+
+        Where all are in one window, they are kept for it. Of several windows the pixels would be too many to keep.
+        """
+        for name, item in named([self.query, *self.candidates]):
+            if item.image is not None and self._is_one_window:
+                picture = pictures.load(item, preset, name)
+                self._checks.append(lambda picture=picture: picture.original)
+            elif item.image is not None:
+                self._checks.append(pictures.check(item, name).result)
+
+    def end_check(self) -> None:
+        """
+        Waits until every picture is read.
+
+        Raises:
+            `ItemError`: for the first that cannot be.
+        """
+        for check in self._checks:
+            check()
 
     def next_window(self) -> list[int] | None:
         # One candidate needs no comparison.
@@ -115,6 +136,16 @@ class RankingLoop:
         """Whether another query could begin at once."""
         return self._agent.num_active < self._reranker.engine.max_sessions
 
+    @property
+    def is_hungry(self) -> bool:
+        """Whether more queries should be added; see [`AgentLoop`]."""
+        return self._agent.is_hungry
+
+    @property
+    def pictures(self) -> PictureLoader:
+        """Reads the queries' pictures."""
+        return self._agent.pictures
+
     def submit(self, job: RankingJob) -> Ranking | None:
         """Begins a query; returns its ranking where there is nothing to compare."""
         if not self._submit_window(job):
@@ -156,6 +187,7 @@ class RankingLoop:
                 candidate_indices=indices,
                 tools=self._reranker.tools,
                 prompt=job.prompt(indices) if callable(job.prompt) else job.prompt,
-            )
+            ),
+            next_up=bool(job.trajectories),  # what has begun is finished before anything else begins
         )
         return True

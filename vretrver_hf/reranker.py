@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +16,11 @@ from typing import Any, Literal
 from huggingface_hub import is_offline_mode
 
 from . import hub
-from .agent import Event
+from .agent import AHEAD, Event
 from .engines.base import Engine, EngineError, Sampling
 from .images import ItemError
 from .items import Item, coerce_candidates, coerce_query
+from .pictures import PictureLoader
 from .protocol import Preset, get_preset
 from .ranking import Ranking
 from .ranking_loop import RankingJob, RankingLoop
@@ -270,7 +273,6 @@ class Reranker:
                 f"the prompt shows {len(job.candidates)} candidates at once but the window holds {self.window}; "
                 "load the reranker with a larger window"
             )
-        job.check()
         events: list[Event] = []
 
         def tell(event: Event) -> None:
@@ -278,7 +280,10 @@ class Reranker:
             if on_event is not None:
                 on_event(event)
 
-        for ranking in self._drive([job], tell):
+        loop = RankingLoop(self, tell)
+        job.begin_check(loop.pictures, self.preset)
+        job.end_check()
+        for ranking in self._drive([job], loop):
             yield from events
             events.clear()
             if ranking is not None:
@@ -336,7 +341,7 @@ class Reranker:
         """
         Like [`Reranker.rank_batch`] for any number of queries: each ranking is handed over as it ends, not in order.
 
-        Only as many requests are taken as the engine has room for, so they may be endless or large.
+        Only few more requests are taken than the engine has room for, so they may be endless or large.
 
         Args:
             requests (iterable of `RankRequest`):
@@ -346,7 +351,8 @@ class Reranker:
         """
         if on_error not in ("raise", "record"):
             raise ValueError(f"unknown on_error {on_error!r}: choose 'raise' or 'record'")
-        for ranking in self._drive(self._jobs(requests, top_k, on_error), on_event):
+        loop = RankingLoop(self, on_event)
+        for ranking in self._drive(self._jobs(requests, top_k, on_error, loop.pictures), loop):
             if ranking is not None:
                 if on_error == "raise":
                     _raise_engine_failure(ranking)
@@ -404,22 +410,49 @@ class Reranker:
                 return push.upload()
 
     def _jobs(
-        self, requests: Iterable[RankRequest], top_k: int | None, on_error: Literal["raise", "record"]
+        self,
+        requests: Iterable[RankRequest],
+        top_k: int | None,
+        on_error: Literal["raise", "record"],
+        pictures: PictureLoader,
     ) -> Iterator[RankingJob]:
+        """A job for each request, its pictures checked; those of the next ones are being read meanwhile."""
+        begun: collections.deque[Callable[[], RankingJob]] = collections.deque()
         for request in requests:
-            query_id, query, candidates = request.query_id, request.query, request.candidates
-            if on_error == "record" and not isinstance(candidates, Sequence):
-                candidates = list(candidates)
+            begun.append(self._begin(request, top_k, on_error, pictures))
+            if len(begun) > AHEAD * self.engine.max_sessions:
+                yield begun.popleft()()
+        for end in begun:
+            yield end()
+
+    def _begin(
+        self, request: RankRequest, top_k: int | None, on_error: Literal["raise", "record"], pictures: PictureLoader
+    ) -> Callable[[], RankingJob]:
+        """Begins to check a request; returns what ends that and gives the job."""
+        query_id, query, candidates = request.query_id, request.query, request.candidates
+        if on_error == "record" and not isinstance(candidates, Sequence):
+            candidates = list(candidates)
+
+        def failed(error: ItemError) -> RankingJob:
+            if on_error == "raise":
+                raise ItemError(f"query {query_id}: {error}") from error
+            job = self._job(query_id, _salvaged(query, None), _salvaged_list(candidates), top_k)
+            job.error = str(error)
+            return job
+
+        def end() -> RankingJob:
             try:
-                items = coerce_candidates(candidates)
-                job = self._job(query_id, coerce_query(query), items, top_k, request.prompt)
-                job.check()
+                job.end_check()
             except ItemError as error:
-                if on_error == "raise":
-                    raise ItemError(f"query {query_id}: {error}") from error
-                job = self._job(query_id, _salvaged(query, None), _salvaged_list(candidates), top_k)
-                job.error = str(error)
-            yield job
+                return failed(error)
+            return job
+
+        try:
+            job = self._job(query_id, coerce_query(query), coerce_candidates(candidates), top_k, request.prompt)
+        except ItemError as error:
+            return partial(failed, error)
+        job.begin_check(pictures, self.preset)
+        return end
 
     def _job(
         self,
@@ -431,14 +464,13 @@ class Reranker:
     ) -> RankingJob:
         return RankingJob(query_id, query, candidates, self.window, self.stride, top_k, prompt, self.passes)
 
-    def _drive(self, jobs: Iterable[RankingJob], on_event: Callable[[Event], None] | None) -> Iterator[Ranking | None]:
+    def _drive(self, jobs: Iterable[RankingJob], loop: RankingLoop) -> Iterator[Ranking | None]:
         """Walks every job through its windows; yields after each step of the loop, a ranking or `None`."""
-        loop = RankingLoop(self, on_event)
         waiting = iter(jobs)
         exhausted = False
         try:
             while True:
-                while not exhausted and loop.has_room:
+                while not exhausted and loop.is_hungry:
                     job = next(waiting, None)
                     if job is None:
                         exhausted = True

@@ -135,7 +135,7 @@ def sample_queries(
             if keys[row] in journal:
                 continue
             try:
-                example = decoded(examples[row])
+                example = examples[row]
                 example.task(preset, tools=tools).messages()  # a prompt that does not fit is known before it is played
             except ValueError as error:
                 fail(keys[row], str(error))
@@ -466,17 +466,6 @@ def modalities(example: RerankExample) -> str:
     """What the query and its candidates are, such as `"text → image"`."""
     kinds = {_modality(candidate) for candidate in example.candidates}
     return f"{_modality(example.query)} → {' or '.join(sorted(kinds))}"
-
-
-def decoded(example: RerankExample) -> RerankExample:
-    """The example with its pictures read: once for all its trajectories, and with a name for one that is broken."""
-    items = []
-    for number, item in enumerate([example.query, *example.candidates]):
-        if item.image is not None:
-            image = item.load_image(name=f"candidate {number}" if number else "query")
-            item = dataclasses.replace(item, image=image)
-        items.append(item)
-    return dataclasses.replace(example, query=items[0], candidates=items[1:])
 
 
 def _modality(item: Item) -> str:

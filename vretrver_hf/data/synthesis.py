@@ -27,11 +27,12 @@ from ..engines._chat import image_block, make_client, reason_of, text_of, turn_s
 from ..images import load_image
 from ..journal import Journal
 from ..parsing import parse_ranking, parse_turn
+from ..pictures import named
 from ..protocol import IMAGE_MARK, Preset, format_answer, format_call, format_turn
 from ..tools import VisualTools
 from ..trajectory import Trajectory, Turn
 from .examples import RerankExample, to_row
-from .rejection import CARD, REASONS, Query, Summary, decoded, modalities, reason, settings_section
+from .rejection import CARD, REASONS, Query, Summary, modalities, reason, settings_section
 
 
 CONVERSATIONS, IMAGES = "conversations.json", "images"
@@ -336,7 +337,7 @@ class _Talk:
     """One conversation with the teacher: what it is sent, and the record of it as the student would have it."""
 
     def __init__(self, example: RerankExample, preset: Preset, seed: int, factor: int, reveal: bool):
-        example = decoded(example)
+        example = _decoded(example)
         self._seed = seed
         self._images: list[Image.Image | None] = [item.image for item in [example.query, *example.candidates]]
         self._tools = VisualTools(self._images[0], self._images[1:], preset=preset, factor=factor)
@@ -503,3 +504,13 @@ def _write_json_list(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             separator = ",\n"
         file.write("[]\n" if separator == "[\n" else "\n]\n")
     partial.replace(path)
+
+
+def _decoded(example: RerankExample) -> RerankExample:
+    """The example with its pictures read, and with a name for one that is broken."""
+    items = []
+    for name, item in named([example.query, *example.candidates]):
+        if item.image is not None:
+            item = dataclasses.replace(item, image=item.load_image(name=name))
+        items.append(item)
+    return dataclasses.replace(example, query=items[0], candidates=items[1:])

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
@@ -16,15 +13,8 @@ from ..data.examples import RerankExample
 from ..encoding import Encoded, Encoder
 from ..engines.base import Engine, Sampling
 from ..environment import RerankEnvironment, marked_text
-from ..images import ImageRef, ItemError
-from ..items import Item
-from ..protocol import Preset
 from ..rewards import RolloutFacts
 from ..trajectory import Trajectory, Turn
-
-
-_THREADS = 8
-"""Threads that decode pictures and fit them to their size."""
 
 
 class RecordedEnvironment(RerankEnvironment):
@@ -98,9 +88,6 @@ def play_rollouts(
     """
     Plays every task and returns their rollouts in order.
 
-    Neighbours with the same items share the pictures of their prompt; while one group is played, those of the next are
-    decoded.
-
     Args:
         engine (`Engine`):
             Runs the model.
@@ -111,21 +98,13 @@ def play_rollouts(
         max_completion_length (`int`):
             Most tokens behind the prompt.
     """
-    places: dict[int, int] = {}
+    places = {id(task): place for place, task in enumerate(tasks)}
     rollouts: dict[int, Rollout] = {}
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        loop = _RolloutLoop(engine, sampling, pool)
-
-        def numbered() -> Iterator[AgentTask]:
-            for place, task in enumerate(loop.decoded(tasks)):
-                places[id(task)] = place
-                yield task
-
-        for task, trajectory in loop.run(numbered()):
-            pictures = loop.pictures.pop(id(trajectory), [])
-            cut = cut_trajectory(trajectory, max_completion_length, engine.encoder)
-            rollouts[places[id(task)]] = to_rollout(cut, pictures, engine.encoder)
+    loop = _RolloutLoop(engine, sampling)
+    for task, trajectory in loop.run(tasks):
+        shown = loop.shown.pop(id(trajectory), [])
+        cut = cut_trajectory(trajectory, max_completion_length, engine.encoder)
+        rollouts[places[id(task)]] = to_rollout(cut, shown, engine.encoder)
     return [rollouts[place] for place in range(len(tasks))]
 
 
@@ -222,68 +201,16 @@ def unseen_picture(encoder: Encoder) -> Image.Image:
     return Image.new("RGB", (encoder.factor, encoder.factor))
 
 
-class _DecodedItem(Item):
-    """An item whose picture has been decoded for several rollouts, none of which changes it."""
-
-    def load_image(self, *args: Any, **kwargs: Any) -> Image.Image:
-        return self.image
-
-
 class _RolloutLoop(AgentLoop):
-    """
-    Keeps the pictures that each trajectory shows, since they are what the loss must read. Threads decode those of a
-    prompt and fit them to their size, and prompts are encoded, once for a group; threads also carry out calls.
-    """
+    """Keeps the pictures that each trajectory shows, since they are what the loss must read."""
 
-    def __init__(self, engine: Engine, sampling: Sampling, pool: ThreadPoolExecutor):
-        super().__init__(engine, sampling, pool=pool)
-        self.pictures: dict[int, list[Image.Image]] = {}
-        self._pool = pool
-        self._last_prompt: tuple[AgentTask, Encoded] | None = None
-        self._overviews: dict[int, tuple[weakref.ref[Image.Image], Image.Image]] = {}
+    def __init__(self, engine: Engine, sampling: Sampling):
+        super().__init__(engine, sampling)
+        self.shown: dict[int, list[Image.Image]] = {}
 
     def _submit(self, rollout: Any, encoded: Encoded) -> None:
-        self.pictures.setdefault(id(rollout.trajectory), []).extend(encoded.images)
+        self.shown.setdefault(id(rollout.trajectory), []).extend(encoded.images)
         super()._submit(rollout, encoded)
-
-    def decoded(self, tasks: Sequence[AgentTask]) -> Iterator[AgentTask]:
-        """The tasks with their pictures decoded, each once for all neighbours that show the same items."""
-        groups = [list(group) for _, group in itertools.groupby(tasks, key=lambda task: id(task.candidates))]
-        following = self._decode(groups[0][0]) if groups else []
-        for group, after in itertools.zip_longest(groups, groups[1:]):
-            query, *candidates = [future.result() for future in following]
-            following = self._decode(after[0]) if after else []
-            for task in group:
-                yield dataclasses.replace(task, query=query, candidates=candidates)
-
-    def _decode(self, task: AgentTask) -> list[Future[Item]]:
-        return [self._pool.submit(self._load, item, task.preset) for item in [task.query, *task.candidates]]
-
-    def _load(self, item: Item, preset: Preset) -> Item:
-        if item.image is None:
-            return item
-        try:
-            image = item.load_image()
-        except ItemError:
-            return item  # the loop meets the same error and records it
-        ref = ImageRef(0, *self.engine.encoder.overview_size(image.size, preset))
-        key = id(image)
-        mark = weakref.ref(image, lambda mark: self._overviews.pop(key, None))
-        self._overviews[key] = mark, ref.render(image)
-        return _DecodedItem(item.text, image, item.id)
-
-    def _prompt(self, task: AgentTask, load_image: Callable[[int], Image.Image]) -> Encoded:
-        if self._last_prompt is not None:
-            last, encoded = self._last_prompt
-            if last.candidates is task.candidates and last.tools == task.tools:
-                return encoded
-        encoded = self.engine.encoder.prompt(task.messages(), load_image, task.preset, self._render)
-        self._last_prompt = task, encoded
-        return encoded
-
-    def _render(self, ref: ImageRef, image: Image.Image) -> Image.Image:
-        _, overview = self._overviews.get(id(image), (None, None))
-        return ref.render(image) if overview is None else overview
 
 
 def _shortened(turn: Turn, room: int, encoder: Encoder) -> Turn:
