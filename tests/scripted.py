@@ -28,14 +28,18 @@ class ForcedEngine(TransformersEngine):
         self.script = script
         self._said: dict[tuple[type, str], list[int]] = {}
 
-    def _sample(self, sessions, logits):
-        said = [self._ids(self.script(s.query_id, s.turn - 1))[len(s.sampled)] for s in sessions]
-        said = torch.tensor(said, device=logits.device)[:, None]
-        real = logits.float().log_softmax(-1).gather(1, said)[:, 0]
-        results = super()._sample(sessions, torch.zeros_like(logits).scatter_(1, said, 1e4))
-        for session, logprob in zip(sessions, real.tolist(), strict=True):
-            session.logprobs[-1] = logprob
-        return results
+    def _draw(self, sessions, steps):
+        said = torch.full((len(sessions), steps), self.encoder.end_of_turn)
+        for row, session in zip(said, sessions, strict=True):
+            ids = self._ids(self.script(session.query_id, session.turn - 1))[len(session.sampled) :][:steps]
+            row[: len(ids)] = torch.tensor(ids)  # a block may be longer than what is left
+        said = said.to(self.model.device)
+
+        def draw(logits, step):
+            chosen = said[:, step]
+            return chosen, logits.float().log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+
+        return draw
 
     def _ids(self, text: str) -> list[int]:
         key = type(text), text  # a turn that was cut off equals one that was not

@@ -11,7 +11,7 @@ from vretrver_hf import Item, Reranker
 from vretrver_hf.agent import AgentLoop, AgentTask, play
 from vretrver_hf.encoding import Encoded
 from vretrver_hf.engines import Sampling, _slot_cache, transformers
-from vretrver_hf.engines.transformers import TransformersEngine, _draw
+from vretrver_hf.engines.transformers import TransformersEngine, _Draw, _Session
 from vretrver_hf.protocol import build_messages, format_answer, format_call, format_turn, get_preset
 
 
@@ -285,10 +285,21 @@ def test_a_conversation_beyond_the_context_is_refused(model, processor):
         engine.submit(engine.open(), Encoded([0] * 10, [], [], ""), Sampling())
 
 
+def writers(sampling: Sampling, count: int) -> list[_Session]:
+    """Conversations about to write, each with a source of its own."""
+    sessions = [_Session(str(i), 0) for i in range(count)]
+    for i, session in enumerate(sessions):
+        session.sampling, session.random = sampling, random.Random(i)
+    return sessions
+
+
+def draw(logits: torch.Tensor, sessions: list[_Session]) -> tuple[torch.Tensor, torch.Tensor]:
+    return _Draw(sessions, 1, [], torch.device("cpu"))(logits, 0)
+
+
 def test_draws_follow_the_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, 4).clone()
-    sources = [random.Random(i) for i in range(4000)]
-    chosen, logprobs = _draw(logits, Sampling(temperature=0.5), sources)
+    chosen, logprobs = draw(logits, writers(Sampling(temperature=0.5), 4000))
     shares = torch.bincount(chosen, minlength=4) / 4000
     expected = (logits[0] / 0.5).softmax(-1)
     assert shares.tolist() == pytest.approx(expected.tolist(), abs=0.02)
@@ -301,9 +312,70 @@ def test_draws_follow_the_distribution():
 def test_truncation_limits_the_draws_but_not_the_logprobs(limits, allowed):
     # softmax of (2, 1, 0, -1) is 0.644, 0.237, 0.087, 0.032
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(500, 4).clone()
-    chosen, logprobs = _draw(logits, Sampling(temperature=1.0, **limits), [random.Random(i) for i in range(500)])
+    chosen, logprobs = draw(logits, writers(Sampling(temperature=1.0, **limits), 500))
     assert set(chosen.tolist()) == allowed
     assert logprobs[chosen == 0][0].exp().item() == pytest.approx(math.exp(2) / sum(map(math.exp, (2, 1, 0, -1))))
+
+
+def test_each_conversation_is_drawn_by_its_own_settings_and_never_what_is_suppressed():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).expand(300, 4)
+    sessions = writers(Sampling(), 300)
+    for session in sessions[::3]:
+        session.sampling = Sampling(temperature=1.0)
+    mixed, logprobs = _Draw(sessions, 1, [0], torch.device("cpu"))(logits.clone(), 0)
+    greedy = [chosen for i, chosen in enumerate(mixed.tolist()) if i % 3]
+    assert set(greedy) == {1} and set(mixed[::3].tolist()) == {1, 2, 3}
+    expected = torch.tensor([-math.inf, 2.0, 1.0, 0.0]).log_softmax(-1)
+    assert logprobs.tolist() == pytest.approx(expected[mixed].tolist(), abs=1e-6)
+    (alone, _) = draw(logits[:1].clone(), writers(Sampling(temperature=1.0), 1))
+    assert alone.tolist() == draw(logits[:1].clone(), writers(Sampling(temperature=1.0), 1))[0].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_blocks_of_tokens_end_where_single_tokens_would(model, processor, picture, temperature):
+    """Real turns of many lengths, whose rows are used again, with the host looking after each token or seldom."""
+    tasks = [make_task(picture, str(i), num_candidates=2 + i % 3) for i in range(9)]
+    rng = random.Random(1)
+    scripts = {
+        task.query_id: [*TURNS[: rng.randrange(4)], format_turn("y" * rng.randrange(30), format_answer([1, 0]))]
+        for task in tasks
+    }
+    script = lambda query_id, turn: scripts[query_id][turn]  # noqa: E731
+    sampling = Sampling(temperature=temperature, max_turn_tokens=11 if temperature else 100, seed=3)
+
+    def run(block_tokens):
+        kwargs = {"max_sessions": 4, "prefill_tokens": 2000}
+        free = temperature > 0
+        engine = (
+            TransformersEngine(model, processor, **kwargs)
+            if free
+            else ForcedEngine(model, processor, script, **kwargs)
+        )
+        engine._block_tokens = block_tokens
+        return play(engine, tasks, sampling)
+
+    single = run(1)
+    for block_tokens in (3, 8):
+        for one, many in zip(single, run(block_tokens), strict=True):
+            assert many.token_ids == one.token_ids and many.mask == one.mask
+            known = [value for value in one.logprobs if value is not None]
+            assert [value for value in many.logprobs if value is not None] == pytest.approx(known, abs=1e-5)
+
+
+def test_a_block_stops_where_the_context_ends(model, processor, picture):
+    def run(block_tokens):
+        engine = TransformersEngine(model, processor)
+        engine._block_tokens = block_tokens
+        (opened,) = play(engine, [make_task(picture, "a", images=False)], Sampling(max_turn_tokens=1))
+        engine.max_length = len(opened.turns[0].token_ids) + 21
+        session = engine.open("a")
+        prompt = opened.turns[0]
+        engine.submit(session, Encoded(prompt.token_ids, [], [], ""), Sampling(temperature=1.0, max_turn_tokens=500))
+        (result,) = engine.poll([session])
+        assert result.stop == "length" and session.num_tokens <= engine.max_length
+        return result.token_ids
+
+    assert run(1) == run(8)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ class _SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         heads, width = key_states.shape[1], key_states.shape[3]
-        self.keys = key_states.new_zeros(0, heads, 0, width)
+        # Under autocast rotated keys are in single precision and values in half, as attention will read both.
+        self.keys = key_states.new_zeros(0, heads, 0, width, dtype=value_states.dtype)
         self.values = value_states.new_zeros(0, heads, 0, value_states.shape[3])
         self.is_initialized = True
 
@@ -103,7 +104,7 @@ class _SlotLayer(CacheLayerMixin):
         self._grow(plan.num_rows, plan.length)
         rows = torch.arange(key_states.shape[0], device=key_states.device) if plan.rows is None else plan.rows
         # Advanced indices around a slice: the result is (batch, tokens, heads, width).
-        self.keys[rows[:, None], :, plan.columns] = key_states.transpose(1, 2)
+        self.keys[rows[:, None], :, plan.columns] = key_states.transpose(1, 2).to(self.keys.dtype)
         self.values[rows[:, None], :, plan.columns] = value_states.transpose(1, 2)
         if plan.fresh:
             return key_states, value_states

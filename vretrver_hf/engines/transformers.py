@@ -33,6 +33,9 @@ from .base import Engine, Sampling, Session, TurnResult
 _WRITERS_PER_READER = 16
 """A pass over a few new turns takes about as long as one over many, and all who write wait for it: of 512 rows, with
 turns of thirty tokens, some end theirs at every token."""
+_BLOCK_TOKENS = 4
+"""Tokens that rows write on an accelerator until the host looks at them. Waiting for each costs more than the few that
+are written in vain behind the end of a turn."""
 
 
 class TransformersEngine(Engine):
@@ -87,6 +90,7 @@ class TransformersEngine(Engine):
         self._rows: list[_Session] = []  # row i of the cache belongs to _rows[i]
         self._waiting: collections.deque[_Session] = collections.deque()
         self._done: dict[Session, TurnResult] = {}
+        self._block_tokens = 1 if model.device.type == "cpu" else _BLOCK_TOKENS
         self._flash = "flash" in (model.config.get_text_config()._attn_implementation or "")
 
     @classmethod
@@ -227,7 +231,8 @@ class TransformersEngine(Engine):
             logits = self._forward_prefill(batch)
             for session in batch:
                 session.decoding = True
-            results += self._sample(batch, logits)
+            tokens, logprobs = self._draw(batch, 1)(logits, 0)
+            results += self._note(batch, tokens[:, None], logprobs[:, None])
         return results
 
     def _next_batch(self) -> list[_Session]:
@@ -286,44 +291,77 @@ class TransformersEngine(Engine):
         return self.model.lm_head(hidden[torch.arange(len(batch), device=device), ends])
 
     def _decode(self) -> list[TurnResult]:
-        """One token for every row that is writing; the others in the batch carry a token that is never read."""
+        """
+        Some tokens for every row that is writing; the others in the batch carry tokens that are never read.
+
+        On an accelerator the host looks only at the end of a block what was written. What a row wrote behind its end
+        is left out; it stands in columns that the next turn overwrites.
+        """
+        writing = [session for session in self._rows if session.decoding]
+        steps = self._block(writing)
+        tokens, logprobs = self._write(writing, steps)
+        return self._note(writing, tokens, logprobs)
+
+    def _block(self, writing: list[_Session]) -> int:
+        """Tokens until the host looks again: no more than anybody may still write or the context holds."""
+        may_write = max(session.sampling.max_turn_tokens - len(session.sampled) for session in writing)
+        room = min(self.max_length - session.num_tokens - 1 for session in writing)
+        return max(1, min(self._block_tokens, may_write, room))
+
+    def _write(self, writing: list[_Session], steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and their log-probabilities (writers × steps), without waiting for the device in between."""
         device = self.model.device
-        rows = len(self._rows)
         tokens = torch.tensor([s.sampled[-1] if s.decoding else 0 for s in self._rows], device=device)
-        columns = torch.tensor([[session.num_tokens] for session in self._rows], device=device)
+        columns = torch.tensor([session.num_tokens for session in self._rows], device=device)
         positions = torch.tensor([session.next_position for session in self._rows], device=device)
-        length = max(session.num_tokens for session in self._rows) + 1
+        moves = torch.tensor([int(session.decoding) for session in self._rows], device=device)
+        rows = torch.tensor([session.row for session in writing], device=device)
+        length = max(session.num_tokens for session in self._rows)
+        draw = self._draw(writing, steps)
+        written = []
+        for step in range(steps):
+            hidden = self._hidden(tokens, columns, positions, length + 1 + step)
+            written.append(draw(self.model.lm_head(hidden[rows]), step))
+            tokens = tokens.index_copy(0, rows, written[-1][0])
+            columns, positions = columns + moves, positions + moves
+        for session in writing:
+            session.unread = []
+        chosen, logprobs = zip(*written, strict=True)
+        return torch.stack(chosen, 1), torch.stack(logprobs, 1)
+
+    def _hidden(
+        self, tokens: torch.Tensor, columns: torch.Tensor, positions: torch.Tensor, length: int
+    ) -> torch.Tensor:
+        """What the model makes of one token a row (rows × width)."""
+        columns = columns[:, None]
         self._cache.plan(None, columns, length)
-        hidden = self.model.model(
+        return self.model.model(
             input_ids=tokens[:, None],
-            position_ids=positions[None, :, None].expand(3, rows, 1),
+            position_ids=positions[None, :, None].expand(3, -1, 1),
             attention_mask=self._mask(columns, length),
             past_key_values=self._cache,
             use_cache=True,
-        ).last_hidden_state
-        writing = [session for session in self._rows if session.decoding]
-        for session in writing:
-            session.unread = []
-            session.num_tokens += 1
-            session.next_position += 1
-        indices = torch.tensor([session.row for session in writing], device=device)
-        return self._sample(writing, self.model.lm_head(hidden[indices, -1]))
+        ).last_hidden_state[:, -1]
 
-    def _sample(self, sessions: list[_Session], logits: torch.Tensor) -> list[TurnResult]:
-        """Draws one token a row and returns the turns that it ended."""
-        logits = logits.float()
-        logits[:, self.encoder.suppressed_ids] = -torch.inf
-        groups: dict[Sampling, list[int]] = collections.defaultdict(list)
-        for i, session in enumerate(sessions):
-            groups[session.sampling].append(i)
-        for sampling, members in groups.items():
-            rows = logits if len(groups) == 1 else logits[members]
-            chosen, logprobs = _draw(rows, sampling, [sessions[i].random for i in members])
-            for i, token, logprob in zip(members, chosen.tolist(), logprobs.tolist(), strict=True):
-                sessions[i].sampled.append(token)
-                sessions[i].logprobs.append(logprob)
-                sessions[i].unread = [token]
-        return [result for session in sessions if (result := self._finished(session)) is not None]
+    def _draw(self, sessions: list[_Session], steps: int) -> _Draw:
+        """Who draws the next tokens of these conversations."""
+        return _Draw(sessions, steps, self.encoder.suppressed_ids, self.model.device)
+
+    def _note(self, sessions: list[_Session], tokens: torch.Tensor, logprobs: torch.Tensor) -> list[TurnResult]:
+        """Writes down what each row wrote, up to where its turn ended, and returns the turns that did."""
+        results = []
+        for session, row, values in zip(sessions, tokens.tolist(), logprobs.tolist(), strict=True):
+            for token, logprob in zip(row, values, strict=True):
+                if session.sampled:  # the one before has been read
+                    session.num_tokens += 1
+                    session.next_position += 1
+                session.sampled.append(token)
+                session.logprobs.append(logprob)
+                if (result := self._finished(session)) is not None:
+                    results.append(result)
+                    break
+            session.unread = [session.sampled[-1]]
+        return results
 
     def _finished(self, session: _Session) -> TurnResult | None:
         token = session.sampled[-1]
@@ -380,9 +418,52 @@ class _Session(Session):
         self.logprobs: list[float] = []
 
 
-def _draw(logits: torch.Tensor, sampling: Sampling, sources: list[Random]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and log-probabilities; each row draws from its own source, by inverting the cumulated distribution."""
-    if sampling.temperature == 0:
+class _Draw:
+    """
+    Draws the tokens of a block: each row from its own source, by inverting the cumulated distribution.
+
+    Args:
+        sessions (`list[_Session]`):
+            Whose tokens they are.
+        steps (`int`):
+            Tokens of each.
+        suppressed (`list[int]`):
+            Tokens that are never drawn.
+        device (`torch.device`):
+            Where the logits are.
+    """
+
+    def __init__(self, sessions: list[_Session], steps: int, suppressed: list[int], device: torch.device):
+        self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=device)
+        groups: dict[Sampling, list[int]] = collections.defaultdict(list)
+        for i, session in enumerate(sessions):
+            groups[session.sampling].append(i)
+        self._groups = []
+        for sampling, members in groups.items():
+            rows, chances = torch.tensor(members, device=device), None
+            if sampling.temperature:
+                # A source is the turn's own, so that what is drawn behind the turn's end is missed by nobody.
+                drawn = [[sessions[i].random.random() for _ in range(steps)] for i in members]
+                chances = torch.tensor(drawn, dtype=torch.double, device=device)
+            self._groups.append((sampling, rows, chances))
+
+    def __call__(self, logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and log-probabilities, one a row, given logits (rows × vocabulary)."""
+        logits = logits.float().index_fill_(1, self._suppressed, -torch.inf)
+        if len(self._groups) == 1:
+            ((sampling, _, chances),) = self._groups
+            return _choose(logits, sampling, chances, step)
+        chosen = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+        logprobs = torch.empty(len(logits), device=logits.device)
+        for sampling, rows, chances in self._groups:
+            chosen[rows], logprobs[rows] = _choose(logits[rows], sampling, chances, step)
+        return chosen, logprobs
+
+
+def _choose(
+    logits: torch.Tensor, sampling: Sampling, chances: torch.Tensor | None, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if chances is None:
         chosen = logits.argmax(-1)
         return chosen, _logprob(logits, chosen)
     scaled = TemperatureLogitsWarper(sampling.temperature)(None, logits)
@@ -392,8 +473,7 @@ def _draw(logits: torch.Tensor, sampling: Sampling, sources: list[Random]) -> tu
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(sampling.top_p))
     cumulated = warpers(None, scaled.clone()).double().softmax(-1).cumsum(-1)
-    draws = torch.tensor([[source.random()] for source in sources], dtype=torch.double, device=logits.device)
-    chosen = torch.searchsorted(cumulated, draws * cumulated[:, -1:], right=True)[:, 0]
+    chosen = torch.searchsorted(cumulated, chances[:, step : step + 1] * cumulated[:, -1:], right=True)[:, 0]
     chosen = chosen.clamp(max=logits.shape[-1] - 1)
     return chosen, _logprob(scaled, chosen)
 
