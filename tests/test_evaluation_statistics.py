@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vretrver_hf.evaluation.statistics import bootstrap_interval, compare
+from vretrver_hf.evaluation.statistics import bootstrap_interval, compare, score_interval
 
 
 class TestBootstrap:
@@ -30,6 +30,22 @@ class TestBootstrap:
         source = np.random.default_rng(1)
         intervals = [bootstrap_interval(source.random(100) < 0.6, resamples=300, seed=i) for i in range(200)]
         assert 0.9 <= np.mean([low <= 0.6 <= high for low, high in intervals]) <= 0.99
+
+
+class TestScores:
+    def test_bootstrapped_where_scores_differ(self):
+        values = [0.0, 1.0, 1.0, 0.5] * 10
+        assert score_interval(values, seed=3) == bootstrap_interval(values, seed=3)
+        assert score_interval([0.5] * 10) == (0.5, 0.5)
+
+    @pytest.mark.parametrize(("score", "expected"), [(1.0, (0.83887, 1.0)), (0.0, (0.0, 0.16113))])
+    def test_wilson_where_all_are_right_or_none(self, score, expected):
+        # z = 1.96: all of n right gives n / (n + z²) and 1
+        assert score_interval([score] * 20) == pytest.approx(expected, abs=1e-5)
+
+    @pytest.mark.parametrize("values", [[], [1.0]])
+    def test_too_few(self, values):
+        assert score_interval(values) is None
 
 
 class TestCompare:

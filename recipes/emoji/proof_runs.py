@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from intervals import wilson
 from scenes import KINDS
 from searching import shows
 
 from vretrver_hf.evaluation.job import QueryResult
 from vretrver_hf.evaluation.results import METRICS, SCORES, Results, Scores
-from vretrver_hf.evaluation.statistics import RESAMPLES, bootstrap_interval, compare
+from vretrver_hf.evaluation.statistics import RESAMPLES, bootstrap_interval, compare, score_interval
 from vretrver_hf.journal import finished_entries
 
 
@@ -52,8 +51,8 @@ PAIRS = (
 ALL = "all"
 MEANS = ("hit@1", "mrr", "calls", "tokens", "ok")
 """Means over queries."""
-RATES = ("hit@1", "ok")
-"""Those of them that are shares of successes."""
+BOUNDED = ("hit@1", "mrr", "ok")
+"""Those of them that lie between 0 and 1."""
 SHARES = {"valid_calls": "calls", "on_target": "crops"}
 """Shares of something that queries have more or less of: valid ones of the calls; of the crops that a tool made of a
 scene, those that show what is asked for."""
@@ -289,29 +288,12 @@ def figures(evaluations: Sequence[Evaluation], keys: Sequence[str]) -> dict[str,
     values = {name: table(evaluations, name, keys) for name in (*MEANS, *SHARES, *SHARES.values())}
     told: dict[str, Any] = {"n": len(keys)}
     for name in MEANS:
-        told[name] = _rounded(values[name].mean(), interval(values[name].mean(axis=0), name in RATES))
+        spread = score_interval if name in BOUNDED else bootstrap_interval
+        told[name] = _rounded(values[name].mean(), spread(values[name].mean(axis=0), seed=SEED))
     for part, whole in SHARES.items():
         told[part] = share(values[part].sum(axis=0), values[whole].sum(axis=0))
     by_seed = {name: [round(float(row.mean()), 4) for row in values[name]] for name in MEANS}
     return {**told, "by_seed": by_seed}
-
-
-def interval(values: np.ndarray, is_rate: bool = False) -> tuple[float, float] | None:
-    """
-    95 % interval of a mean over queries.
-
-    Args:
-        values (`np.ndarray`): One value a query.
-        is_rate (`bool`, *optional*, defaults to `False`):
-            Whether it is a share of successes: then Wilson's interval stands in where all succeed or none does, of
-            which resamples would make a certainty.
-
-    >>> [round(end, 2) for end in interval(np.ones(20), True)]
-    [0.84, 1.0]
-    """
-    if is_rate and values.min() == values.max() in (0, 1):
-        return wilson(int(values.sum()), len(values))
-    return bootstrap_interval(values, seed=SEED)
 
 
 def table(evaluations: Sequence[Evaluation], name: str, keys: Sequence[str]) -> np.ndarray:

@@ -17,7 +17,7 @@ from ..journal import Journal
 from .benchmarks import BENCHMARKS, macro_mean
 from .job import QueryResult, Window
 from .metrics import DEFAULT_METRICS, per_query
-from .statistics import bootstrap_interval, compare
+from .statistics import compare, score_interval
 
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def _figures(scores: Scores, done: list[bool], chosen: list[bool], cost: dict[st
     for name in ("reranked", "coarse"):
         values = {metric: array[mask] for metric, array in getattr(scores, name).items()}
         figures[name] = {
-            metric: {"mean": float(array.mean()) if len(array) else None, "interval": bootstrap_interval(array)}
+            metric: {"mean": float(array.mean()) if len(array) else None, "interval": score_interval(array)}
             for metric, array in values.items()
         }
     gains = {m: (scores.reranked[m][mask], scores.coarse[m][mask]) for m in scores.reranked} if mask.any() else {}

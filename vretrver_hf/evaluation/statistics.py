@@ -86,6 +86,41 @@ def bootstrap_interval(
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
+def score_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
+    """
+    95 % interval of the mean of scores between 0 and 1, such as hit@1 or nDCG.
+
+    It is bootstrapped, except where all scores are 0 or all are 1: resamples of those are all alike and would make a
+    certainty of ten queries. Wilson's interval stands in for them.
+
+    Args:
+        values (sequence of `float`):
+            One score a query.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the draws.
+
+    Returns:
+        `tuple[float, float]`: lower and upper end; `None` for fewer than two values.
+
+    Example:
+
+    ```python
+    >>> from vretrver_hf.evaluation.statistics import score_interval
+
+    >>> [round(end, 2) for end in score_interval([1.0] * 20)]
+    [0.84, 1.0]
+
+    ```
+    """
+    from scipy import stats
+
+    count, total = len(values), float(sum(values))
+    if count < 2 or (any(values) and not all(value == 1 for value in values)):
+        return bootstrap_interval(values, seed=seed)
+    found = stats.binomtest(round(total), count).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
+
+
 def compare(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Difference:
     """
     Compares two runs query by query.
