@@ -256,8 +256,8 @@ def _p(value: float) -> str:
 
 def _sections(tables: Mapping[str, Table]) -> str:
     note = (
-        "Scores in %, with 95 % intervals over queries: bootstrapped, and Wilson's where all are 0 or all are 1; p from "
-        "a paired randomisation test.\n\n"
+        "Scores in %, with 95 % intervals over queries: bootstrapped, and Wilson's where all are 0 or all are 1; p "
+        "from a paired randomisation test.\n\n"
     )
     return note + "\n".join(f"## {title}\n\n{markdown_table(*table)}\n" for title, table in tables.items())
 
