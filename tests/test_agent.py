@@ -157,6 +157,26 @@ def test_many_tasks_run_within_the_engines_room_and_lazily(encoder, task):
     assert sorted(finished, key=int) == [str(i) for i in range(20)] and engine.most_open == 3
 
 
+def test_what_is_next_up_begins_before_those_that_wait(encoder, task):
+    engine = ScriptedEngine(encoder, lambda query_id, turn: ANSWER, max_sessions=1)
+    loop = AgentLoop(engine)
+    assert loop.is_hungry
+    for query_id in ("first", "second"):
+        loop.submit(dataclasses.replace(task, query_id=query_id))
+    assert not loop.is_hungry  # one to play and one to read
+    loop.submit(dataclasses.replace(task, query_id="urgent"), next_up=True)
+    ended = [done.query_id for _ in range(3) for done, _ in loop.step()]
+    assert ended == ["urgent", "first", "second"]
+
+
+def test_samples_of_a_query_read_its_pictures_once(encoder, task, monkeypatch):
+    reads, load = [], Item.load_image
+    monkeypatch.setattr(Item, "load_image", lambda self, **kwargs: reads.append(self) or load(self, **kwargs))
+    engine = ScriptedEngine(encoder, lambda query_id, turn: [CROP, ANSWER][turn])
+    play(engine, [dataclasses.replace(task, sample=sample) for sample in range(6)])
+    assert len(reads) == sum(item.image is not None for item in [task.query, *task.candidates])
+
+
 def test_cancelling_hands_back_what_had_begun(encoder, task):
     engine = ScriptedEngine(encoder, lambda query_id, turn: SELECT)
     loop = AgentLoop(engine)

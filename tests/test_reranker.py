@@ -97,7 +97,7 @@ def test_a_batch_takes_queries_as_it_has_room(perfect):
             seen_ahead.append(len(taken) - len(finished))
 
     assert len(Reranker(perfect.engine(max_sessions=2), PRESET).rank_batch(pairs(), on_event=on_event)) == 30
-    assert max(seen_ahead) <= 2
+    assert max(seen_ahead) <= 4
 
 
 def test_statuses_are_the_worst_of_the_windows(encoder):
@@ -151,6 +151,19 @@ def test_a_picture_that_vanishes_costs_its_query_only(perfect, tmp_path, picture
     reranker = Reranker(perfect.engine(), PRESET, window=2, stride=1)
     bad, good = reranker.rank_batch(pairs, on_event=vanish)
     assert "candidate 2" in bad.error and bad.order == [0, 1, 2] and good.error is None and good.status == "ok"
+
+
+def test_a_bad_picture_among_many_costs_its_query_only(encoder, picture):
+    engine = ScriptedEngine(
+        encoder, lambda query_id, turn: "<think>x</think>\n<answer>[2, 1]</answer>", max_sessions=16
+    )
+    pairs = [("q", [picture(), picture()]) for _ in range(40)]
+    pairs[20] = ("q", [picture(), Item(image=b"no picture")])
+    rankings = Reranker(engine, PRESET).rank_batch(pairs, on_error="record")
+    assert [i for i, ranking in enumerate(rankings) if ranking.error] == [20] and "candidate 2" in rankings[20].error
+    assert all(ranking.order == [1, 0] for i, ranking in enumerate(rankings) if i != 20)
+    with pytest.raises(ItemError, match="query 20: candidate 2"):
+        Reranker(engine, PRESET).rank_batch(pairs)
 
 
 def test_the_stream_tells_events_and_ends_with_the_ranking(encoder, picture):
@@ -323,7 +336,7 @@ class TestRankIter:
         )
         for ranking in Reranker(engine, PRESET).rank_iter(requests()):
             done += 1
-            assert ranking.order == [1, 0] and len(taken) <= done + engine.max_sessions
+            assert ranking.order == [1, 0] and len(taken) <= done + engine.max_sessions + 2
         assert done == 12
 
     def test_each_window_gets_a_prompt_of_its_own(self, encoder):

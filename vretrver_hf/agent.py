@@ -26,8 +26,12 @@ if TYPE_CHECKING:
     from .protocol import Preset
 
 
-AHEAD = 0.125
-"""Tasks whose pictures are read before there is room for them, as a share of those under way."""
+_AHEAD = 0.125
+
+
+def num_ahead(room: int) -> int:
+    """Tasks whose pictures are read before there is room for them, where there is room for so many at a time."""
+    return max(1, round(_AHEAD * room))
 
 
 @dataclasses.dataclass
@@ -88,8 +92,8 @@ class Event:
         kind (`str`):
             `"thought"`: the model's `text`. `"call"`: `call` with name and arguments. `"observation"`: what came
             back, as `text` and `images`, and whether it was `valid`. `"answer"`: the window's `order` (0-based
-            places) and `status`, and as `text` why it failed, if it did. `"window"`: a window begins; `order` holds
-            the indices of its candidates.
+            places) and `status`, and as `text` why it failed, if it did. `"window"`: a window is next, as soon as
+            there is room; `order` holds the indices of its candidates.
         query_id (`str`):
             The query.
         text (`str`, *optional*):
@@ -167,7 +171,7 @@ class AgentLoop:
     def is_hungry(self) -> bool:
         """Whether more tasks should be added: those that can begin, and some whose pictures are read meanwhile."""
         room = self.engine.max_sessions
-        return self.num_active < room + max(1, round(AHEAD * room))
+        return self.num_active < room + num_ahead(room)
 
     def submit(self, task: AgentTask, next_up: bool = False) -> None:
         """
@@ -215,6 +219,8 @@ class AgentLoop:
                 continue
             if rollout.trajectory.finish == "length":
                 ended.append(self._end(rollout))
+        if not self._waiting:
+            self._last_prompt = None  # nobody is there to share it
         results = self.engine.poll(self._playing.keys())
         if self._playing and not results:
             raise RuntimeError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .agent import AgentLoop, AgentTask, Event
+from .images import ItemError
 from .items import Item
-from .pictures import PictureLoader, named
+from .pictures import PictureLoader, Reading, named
 from .ranking import Ranking
 from .trajectory import Trajectory
 from .windows import WindowWalk
@@ -61,7 +62,7 @@ class RankingJob:
         self._top_k = top_k
         self._walk = WindowWalk(len(candidates), window, stride, passes)
         self._is_one_window = len(candidates) <= window
-        self._checks: list[Callable[[], Any]] = []
+        self._readings: list[Reading] = []
 
     def begin_check(self, pictures: PictureLoader, preset: Preset) -> None:
         """
@@ -70,21 +71,23 @@ class RankingJob:
         Where all are in one window, they are kept for it. Of several windows the pixels would be too many to keep.
         """
         for name, item in named([self.query, *self.candidates]):
-            if item.image is not None and self._is_one_window:
-                picture = pictures.load(item, preset, name)
-                self._checks.append(lambda picture=picture: picture.original)
-            elif item.image is not None:
-                self._checks.append(pictures.check(item, name).result)
+            if item.image is not None:
+                reading = pictures.load(item, preset, name) if self._is_one_window else pictures.check(item, name)
+                self._readings.append(reading)
 
     def end_check(self) -> None:
         """
         Waits until every picture is read.
 
         Raises:
-            `ItemError`: for the first that cannot be.
+            `ItemError`: for the first that cannot be; the others are left.
         """
-        for check in self._checks:
-            check()
+        try:
+            for reading in self._readings:
+                reading.wait()
+        except ItemError:
+            self._readings.clear()
+            raise
 
     def next_window(self) -> list[int] | None:
         # One candidate needs no comparison.

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from huggingface_hub import is_offline_mode
 
 from . import hub
-from .agent import AHEAD, Event
+from .agent import Event, num_ahead
 from .engines.base import Engine, EngineError, Sampling
 from .images import ItemError
 from .items import Item, coerce_candidates, coerce_query
@@ -420,10 +420,10 @@ class Reranker:
         begun: collections.deque[Callable[[], RankingJob]] = collections.deque()
         for request in requests:
             begun.append(self._begin(request, top_k, on_error, pictures))
-            if len(begun) > AHEAD * self.engine.max_sessions:
+            if len(begun) > num_ahead(self.engine.max_sessions):
                 yield begun.popleft()()
-        for end in begun:
-            yield end()
+        while begun:
+            yield begun.popleft()()
 
     def _begin(
         self, request: RankRequest, top_k: int | None, on_error: Literal["raise", "record"], pictures: PictureLoader

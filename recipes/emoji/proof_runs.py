@@ -2,9 +2,10 @@
 What evaluations of several models say side by side, as numbers: means over seeds, intervals, differences, curves.
 
 Each model is trained with one seed or more, and all answer the same queries. A model's value for a query is its mean
-over the seeds; intervals are bootstrapped over the queries, all seeds of a query together, and differences are taken
-query by query. So intervals say how other queries might have come out. How other seeds might have is not in them: with
-two or three seeds nothing better can be said of that than what each seed gave, which stands in `by_seed`.
+over the seeds; intervals are bootstrapped over the queries, all seeds of a query together (Wilson's where all are
+right or none), and differences are taken query by query. So intervals say how other queries might have come out. How
+other seeds might have is not in them: with two or three seeds nothing better can be said of that than what each seed
+gave, which stands in `by_seed`.
 """
 
 from __future__ import annotations

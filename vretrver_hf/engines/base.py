@@ -130,8 +130,8 @@ class Engine(ABC):
     """Conversations that can be under way at the same time."""
     on_token: Callable[[], None] | None = None
     """
-    Called between two tokens, or every 0.1 s where the engine does not see them. What it raises ends the poll and
-    leaves every conversation as it was: the way to stop in the middle of a turn.
+    Called between two tokens, on a GPU between a few at a time, or every 0.1 s where the engine sees none. What it
+    raises ends the poll and leaves every conversation as it was: the way to stop in the middle of a turn.
     """
 
     @abstractmethod

@@ -43,7 +43,7 @@ class TransformersEngine(Engine):
     Engine for Qwen2.5-VL and Qwen3-VL models in transformers.
 
     Every conversation owns one row of the key-value cache from its first turn to its last; a later turn prefills only
-    what is new. Rows of different lengths decode together. A row that ends makes room at once for one that waits.
+    what is new. Rows of different lengths decode together. A row that ends makes room for one that waits.
 
     Args:
         model (`PreTrainedModel`):

@@ -98,6 +98,7 @@ def play_rollouts(
         max_completion_length (`int`):
             Most tokens behind the prompt.
     """
+    tasks = [dataclasses.replace(task) for task in tasks]  # one task may stand in several places
     places = {id(task): place for place, task in enumerate(tasks)}
     rollouts: dict[int, Rollout] = {}
     loop = _RolloutLoop(engine, sampling)
