@@ -13,7 +13,7 @@ from .encoding import Encoded
 from .engines.base import Engine, Sampling, Session, TurnResult
 from .images import ItemError
 from .parsing import ParsedTurn, parse_ranking, parse_turn
-from .pictures import Picture, PictureLoader
+from .pictures import Picture, PictureLoader, named
 from .tools import Observation, VisualTools
 from .trajectory import Trajectory, Turn
 
@@ -183,11 +183,9 @@ class AgentLoop:
             next_up (`bool`, *optional*, defaults to `False`):
                 Whether it begins before those that wait.
         """
-        places = task.candidate_indices or range(len(task.candidates))
-        names = ["query", *(f"candidate {place + 1}" for place in places)]
         pictures = [
             None if item.image is None else self.pictures.load(item, task.preset, name)
-            for name, item in zip(names, [task.query, *task.candidates], strict=True)
+            for name, item in named([task.query, *task.candidates], task.candidate_indices)
         ]
         add = self._waiting.appendleft if next_up else self._waiting.append
         add(_Waiting(task, pictures))
@@ -265,6 +263,7 @@ class AgentLoop:
         )
         chosen = [s for s, rollout in self._playing.items() if query_id is None or rollout.task.query_id == query_id]
         stopped = [self._playing.pop(session) for session in chosen]
+        self._last_prompt = None
         for rollout in stopped:
             self.engine.close(rollout.session)
             rollout.trajectory.finish = "cancelled"

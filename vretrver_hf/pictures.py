@@ -136,12 +136,20 @@ def _original(item: Item, name: str) -> Image.Image:
         return item.load_image(name=name)
 
 
-def named(items: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+def named(items: Iterable[Any], places: Sequence[int] | None = None) -> Iterator[tuple[str, Any]]:
     """
     A query and its candidates, each with what errors call it.
 
-    >>> list(named("abc"))
-    [('query', 'a'), ('candidate 1', 'b'), ('candidate 2', 'c')]
+    Args:
+        items (iterable):
+            The query, and after it the candidates.
+        places (`Sequence[int]`, *optional*):
+            Where the candidates stand in the query's full list, from 0; in their own order by default.
+
+    >>> list(named("abc")), list(named("ab", [7]))
+    ([('query', 'a'), ('candidate 1', 'b'), ('candidate 2', 'c')], [('query', 'a'), ('candidate 8', 'b')])
     """
-    for number, item in enumerate(items):
-        yield f"candidate {number}" if number else "query", item
+    query, *candidates = items
+    yield "query", query
+    for place, candidate in zip(places or range(len(candidates)), candidates, strict=True):
+        yield f"candidate {place + 1}", candidate

@@ -324,8 +324,6 @@ class TransformersEngine(Engine):
             written.append(draw(self.model.lm_head(hidden[rows]), step))
             tokens = tokens.index_copy(0, rows, written[-1][0])
             columns, positions = columns + moves, positions + moves
-        for session in writing:
-            session.unread = []
         chosen, logprobs = zip(*written, strict=True)
         return torch.stack(chosen, 1), torch.stack(logprobs, 1)
 
