@@ -50,6 +50,17 @@ class SlotCache(Cache):
         self._plan.fresh = fresh
         self._plan.num_rows = columns.shape[0] if rows is None else int(rows.max()) + 1
 
+    @property
+    def version(self) -> int:
+        """Another number whenever the memory for keys and values has moved."""
+        return self._plan.version
+
+    def reserve(self, rows: int, columns: int) -> None:
+        """Makes room for so many rows and columns, once there is something to keep."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.grow(rows, columns)
+
     def move(self, source: int, target: int) -> None:
         """Copies a row onto another."""
         for layer in self.layers:
@@ -66,6 +77,7 @@ class SlotCache(Cache):
             if layer.is_initialized and row == 0:
                 layer.is_initialized = False
                 layer.keys = layer.values = None
+                self._plan.version += 1
             elif layer.is_initialized and row < layer.keys.shape[0]:
                 layer.keys[row] = 0
                 layer.values[row] = 0
@@ -78,6 +90,7 @@ class _Plan:
         self.length = 0
         self.fresh = True
         self.num_rows = 0
+        self.version = 0
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -101,7 +114,7 @@ class _SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         plan = self._plan
-        self._grow(plan.num_rows, plan.length)
+        self.grow(plan.num_rows, plan.length)
         rows = torch.arange(key_states.shape[0], device=key_states.device) if plan.rows is None else plan.rows
         # Advanced indices around a slice: the result is (batch, tokens, heads, width).
         self.keys[rows[:, None], :, plan.columns] = key_states.transpose(1, 2).to(self.keys.dtype)
@@ -121,7 +134,7 @@ class _SlotLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def _grow(self, rows: int, columns: int) -> None:
+    def grow(self, rows: int, columns: int) -> None:
         have_rows, heads, have_columns, _ = self.keys.shape
         if rows <= have_rows and columns <= have_columns:
             return
@@ -130,6 +143,7 @@ class _SlotLayer(CacheLayerMixin):
         # Both or none: where memory is full, rows that there are keys but no values of could not be moved any more.
         keys, values = (_enlarged(old, new_rows, new_columns) for old in (self.keys, self.values))
         self.keys, self.values = keys, values
+        self._plan.version += 1
 
 
 def _enlarged(old: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

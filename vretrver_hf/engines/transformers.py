@@ -26,6 +26,7 @@ from .. import chat_templates, hub
 from ..encoding import Encoded, Encoder
 from ..vision import PictureFeatures, picture_grid, rope_index
 from ._attention import without_cudnn_attention
+from ._graphs import DecodeGraphs
 from ._slot_cache import SlotCache
 from .base import Engine, Sampling, Session, TurnResult
 
@@ -91,6 +92,10 @@ class TransformersEngine(Engine):
         self._waiting: collections.deque[_Session] = collections.deque()
         self._done: dict[Session, TurnResult] = {}
         self._block_tokens = 1 if model.device.type == "cpu" else _BLOCK_TOKENS
+        sdpa = model.config.get_text_config()._attn_implementation == "sdpa"
+        self._pass = self._one_token_a_row
+        if model.device.type == "cuda" and sdpa:
+            self._pass = DecodeGraphs(self._one_token_a_row, self._cache, max_sessions)
         self._flash = "flash" in (model.config.get_text_config()._attn_implementation or "")
 
     @classmethod
@@ -320,14 +325,14 @@ class TransformersEngine(Engine):
         draw = self._draw(writing, steps)
         written = []
         for step in range(steps):
-            hidden = self._hidden(tokens, columns, positions, length + 1 + step)
+            hidden = self._pass(tokens, columns, positions, length + 1 + step)
             written.append(draw(self.model.lm_head(hidden[rows]), step))
             tokens = tokens.index_copy(0, rows, written[-1][0])
             columns, positions = columns + moves, positions + moves
         chosen, logprobs = zip(*written, strict=True)
         return torch.stack(chosen, 1), torch.stack(logprobs, 1)
 
-    def _hidden(
+    def _one_token_a_row(
         self, tokens: torch.Tensor, columns: torch.Tensor, positions: torch.Tensor, length: int
     ) -> torch.Tensor:
         """What the model makes of one token a row (rows × width)."""
