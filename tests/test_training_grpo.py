@@ -38,7 +38,7 @@ from vretrver_hf.engines import Sampling
 from vretrver_hf.environment import prepare_processor
 from vretrver_hf.protocol import format_turn, get_preset, malformed_observation
 from vretrver_hf.rewards import EvidenceReward
-from vretrver_hf.training import grpo
+from vretrver_hf.training import _passes, grpo
 from vretrver_hf.training._features import FeatureCache
 from vretrver_hf.training._rollouts import cut_trajectory, play_rollouts, to_rollout, with_unseen_picture
 from vretrver_hf.training.grpo import EvidenceGRPOConfig, EvidenceGRPOTrainer
@@ -340,7 +340,7 @@ class TestTraining:
             yield
             state["off"] -= 1
 
-        monkeypatch.setattr(grpo, "without_cudnn_attention", without)
+        monkeypatch.setattr(_passes, "without_cudnn_attention", without)
         arguments = {"max_steps": 1, "gradient_checkpointing": True, "per_device_eval_batch_size": 4}
         trainer = make_trainer("qwen2_5_vl", [make_example(picture)], tmp_path, **arguments)
         block = trainer.model.model.language_model.layers[0]

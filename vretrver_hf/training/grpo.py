@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from accelerate.utils import is_peft_model
 from torch.utils.data import Sampler
 from transformers import AutoConfig, AutoProcessor
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 from ..data.examples import load_examples
 from ..encoding import collapse_pads
-from ..engines._attention import without_cudnn_attention
 from ..engines.base import Sampling
 from ..engines.transformers import TransformersEngine
 from ..environment import RerankEnvironment, prepare_processor, training_dataset
@@ -32,7 +30,7 @@ from ..images import MAX_IMAGE_TOKENS, MIN_IMAGE_TOKENS
 from ..protocol import Preset, get_preset
 from ..rewards import EvidenceReward
 from ..trajectory import write_jsonl
-from ..vision import equal_pictures_once, quick_positions
+from ..vision import equal_pictures_once
 from ._common import (
     ExactResume,
     ProtocolCallback,
@@ -47,6 +45,7 @@ from ._common import (
     save_trained,
 )
 from ._features import FeatureCache
+from ._passes import QuickPasses, base_model
 from ._rollouts import RecordedEnvironment, Rollout, play_rollouts, unseen_picture, with_unseen_picture
 from ._sharding import whole_weights
 from .health import HealthCallback
@@ -145,11 +144,12 @@ class GRPOScriptArguments(StageArguments):
         return EvidenceReward(self.reward, **(self.reward_overrides or {}))
 
 
-class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
+class EvidenceGRPOTrainer(QuickPasses, ExactResume, GRPOTrainer):
     """
     TRL's GRPO trainer for reranking with pictures and tools.
 
-    Seven methods of TRL 1.16 are overridden, and nothing else but how a checkpoint is loaded ([`ExactResume`]):
+    Five methods of TRL 1.16 are overridden, and nothing else but how a checkpoint is loaded ([`ExactResume`]) and how
+    a pass is computed ([`QuickPasses`]):
 
     - `_generate`, to run the project's own agent loop. TRL's processes all pictures and prefills the whole
       conversation again in every turn, runs tools one by one, ends a rollout without a word at a malformed turn, gives
@@ -165,10 +165,7 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
     - `_get_train_sampler`, since TRL's sampler draws each epoch's order from what the epochs before left of its
       generator: a run that goes on in a later epoch would meet the first one's order again.
     - `_generate_and_score_completions`, so that equal pictures are processed once ([`equal_pictures_once`]), or not at
-      all where the tower is frozen ([`FeatureCache`]). And the model finds rotary positions of a whole batch at once
-      ([`quick_positions`]).
-    - `training_step` and `prediction_step`, so that attention does without cuDNN ([`without_cudnn_attention`]), also
-      where gradient checkpointing runs it once more.
+      all where the tower is frozen ([`FeatureCache`]).
 
     Where the vision tower and its projector are frozen, each picture passes them once a step ([`FeatureCache`]).
 
@@ -264,8 +261,7 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
                 "the project's own rollouts need whole weights, and FSDP's first version gives them only within its "
                 "own forward pass: set fsdp_version to 2 in the launch configuration, or use_vllm"
             )
-        quick_positions(_base_model(self.model))
-        tower = _base_model(self.model).model.visual
+        tower = base_model(self.model).model.visual
         self._tower_is_trained = any(weight.requires_grad for weight in tower.parameters())
         if args.use_vllm and args.vllm_mode == "server" and self._tower_is_trained:
             raise ValueError(
@@ -279,16 +275,6 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
         # A reference model, with a tower of its own, reads the same pictures, and must be given their pixels.
         cached = not args.use_vllm and not self._tower_is_trained and self.ref_model is None
         self.features = FeatureCache(tower, processing_class.image_processor) if cached else None
-
-    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers calls this for forward and backward pass; see the class."""
-        with without_cudnn_attention(_base_model(self.model)):
-            return super().training_step(model, *args, **kwargs)
-
-    def prediction_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers calls this for each batch of an evaluation; see the class."""
-        with without_cudnn_attention(_base_model(self.model)):
-            return super().prediction_step(model, *args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         """TRL 1.16 calls this for a batch, whose groups show the same pictures; see the class."""
@@ -373,7 +359,7 @@ class EvidenceGRPOTrainer(ExactResume, GRPOTrainer):
         ):
             was_training = model.training
             try:
-                yield _base_model(model)
+                yield base_model(model)
             finally:
                 model.train(was_training)
 
@@ -590,10 +576,6 @@ def _facts(rollout: Rollout, ends: Sequence[int]) -> list[int]:
         *(trajectory.finish == finish for finish in _FINISHES),
         *(trajectory.status == status for status in _STATUSES),
     ]
-
-
-def _base_model(model: Any) -> PreTrainedModel:
-    return model.get_base_model() if is_peft_model(model) else model
 
 
 if __name__ == "__main__":

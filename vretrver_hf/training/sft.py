@@ -34,6 +34,7 @@ from ._common import (
     parse,
     save_trained,
 )
+from ._passes import QuickPasses
 
 
 if TYPE_CHECKING:
@@ -165,8 +166,8 @@ class ConversationCollator:
         return [self._encoder.image_pad] * 4
 
 
-class ConversationTrainer(ExactResume, SFTTrainer):
-    """TRL's trainer; a run that goes on has the checkpoint's weights."""
+class ConversationTrainer(QuickPasses, ExactResume, SFTTrainer):
+    """TRL's trainer; a run that goes on has the checkpoint's weights, and passes start fewer kernels."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
