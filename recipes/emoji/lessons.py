@@ -1,7 +1,7 @@
 """
 What the later stages ask: queries for rejection sampling and for GRPO, of which none was asked before.
 
-GRPO learns most from queries that are right now and then, so half of what it asks is about scenes. It begins with
+Both learn most from queries that are right now and then, and after SFT these are the details. GRPO begins with
 details whose place is named coarsely ("the clock in the lower left"): a crop of that place shows what is asked for, so
 that looking pays before the model can find a clock by itself.
 """
@@ -16,25 +16,37 @@ from pathlib import Path
 from typing import Any
 
 from examples import Example, Scene
-from stages import COLD_START, SFT_TASKS, Source
+from stages import COLD_START, Source
 
 
-RSFT_TASKS = SFT_TASKS
-GRPO_TASKS = {
+RSFT_TASKS = {
     "t2i": 0.1,
     "i2i": 0.09,
     "i2t": 0.05,
-    "it2i": 0.12,
-    "it2it": 0.04,
-    "it2t": 0.05,
+    "it2i": 0.1,
+    "it2it": 0.03,
+    "it2t": 0.04,
     "t2it": 0.04,
     "t2t": 0.03,
-    "overview": 0.08,
-    "detail": 0.4,
+    "overview": 0.07,
+    "detail": 0.45,
 }
-"""Shares of the tasks."""
-PLACED_FIRST = 0.4
-"""Share of GRPO's queries, from the first, whose details all have a place; of the others half have one."""
+GRPO_TASKS = {
+    "t2i": 0.06,
+    "i2i": 0.06,
+    "i2t": 0.03,
+    "it2i": 0.08,
+    "it2it": 0.02,
+    "it2t": 0.04,
+    "t2it": 0.02,
+    "t2t": 0.02,
+    "overview": 0.07,
+    "detail": 0.6,
+}
+"""Shares of the tasks in what each of them asks."""
+PLACED_FIRST = 0.08
+"""Share of GRPO's queries, from the first, whose details all have a place; of the others half have one. Ten steps:
+after fifty, the model had forgotten where things without a place are."""
 TRIES = 1000
 """Draws in a row without a new query after which a task counts as exhausted."""
 

@@ -29,15 +29,15 @@ from vretrver_hf.protocol import format_answer
 
 
 STAGE0_TASKS = {
-    "t2i": 0.08,
-    "i2i": 0.25,
+    "t2i": 0.07,
+    "i2i": 0.33,
     "i2t": 0.04,
-    "it2i": 0.23,
+    "it2i": 0.2,
     "it2it": 0.05,
-    "it2t": 0.08,
-    "t2it": 0.04,
+    "it2t": 0.07,
+    "t2it": 0.03,
     "t2t": 0.04,
-    "overview": 0.13,
+    "overview": 0.11,
     "detail": 0.06,
 }
 SFT_TASKS = {
