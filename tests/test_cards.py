@@ -12,6 +12,7 @@ from tiny_models import make_processor
 from vretrver_hf.cards import Figure, data_card, model_card, read_figures, trajectories_card
 from vretrver_hf.encoding import Encoder
 from vretrver_hf.engines import Sampling
+from vretrver_hf.evaluation.results import Results
 from vretrver_hf.reranker import bundled_model, save_config
 
 
@@ -95,6 +96,21 @@ class TestFigures:
     def test_reads_what_was_measured(self, tmp_path):
         (tmp_path / "rows.json").write_text(json.dumps([{"task": "a", "n": 3, "metric": "mAP@5", "value": 0.1}]))
         assert read_figures(tmp_path / "rows.json") == [Figure("a", "–", "mAP@5", 0.1, 3)]
+
+    def test_reads_what_evaluate_wrote(self, tmp_path):
+        """Of each data set its own metric: that of CIRCO is MAP@5."""
+
+        def group(n, **means):
+            metrics = {name: {"mean": mean, "interval": [mean - 0.1, mean + 0.1]} for name, mean in means.items()}
+            return {"n": n, "reranked": metrics, "coarse": {}, "cost": {"calls": 1.5}}
+
+        groups = {"mine": group(8, **{"hit@1": 0.5, "map@5": 0.2}), "circo": group(4, **{"hit@1": 0.5, "map@5": 0.25})}
+        Results("a", {"data": "some/where/rows.parquet"}, groups, {}, None, {}).save(tmp_path / "metrics.json")
+        expected = [
+            Figure("mine", "rows.parquet", "hit@1", 0.5, 8, 0.4, 0.6, 1.5),
+            Figure("circo", "rows.parquet", "map@5", 0.25, 4, 0.15, 0.35, 1.5),
+        ]
+        assert read_figures(tmp_path) == read_figures(tmp_path / "metrics.json") == expected
 
     @pytest.mark.parametrize("rows", ["{}", '[{"task": "a"}]', '[{"n": 1, "r1": 0.1}]', '[{"task": "a", "n": "x"}]'])
     def test_names_a_row_that_is_none(self, tmp_path, rows):

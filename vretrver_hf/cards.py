@@ -67,15 +67,22 @@ class Figure:
 
 def read_figures(path: str | Path) -> list[Figure]:
     """
-    Reads measured numbers: a JSON list of rows with `task`, `n`, `metric` and `value` (or `r1` for both), and where
-    known `interval` (its two ends), `split` or `dataset`, and `calls`.
+    Reads measured numbers.
+
+    Args:
+        path (`str` or `Path`):
+            What `vretrver evaluate` wrote (its folder, or its `metrics.json`), of which each data set's own metric is
+            taken; or a JSON list of rows with `task`, `n`, `metric` and `value` (or `r1` for both), and where known
+            `interval` (its two ends), `split` or `dataset`, and `calls`.
 
     Raises:
-        `ValueError`: naming the row that lacks one of these.
+        `ValueError`: naming the file, and the row that lacks one of these.
     """
-    rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    path = Path(path)
+    if path.is_dir() or isinstance(rows := json.loads(path.read_text(encoding="utf-8")), dict):
+        return _measured(path)
     if not isinstance(rows, list):
-        raise ValueError(f"{path} holds no list of rows")
+        raise ValueError(f"{path} holds neither a list of rows nor the metrics of vretrver evaluate")
     figures = []
     for number, row in enumerate(rows, start=1):
         try:
@@ -241,6 +248,20 @@ def _dataset_card(template: str, repo_id: str, license: str, tags: list[str], **
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}],
     )
     return DatasetCard(_render(template, data, name=repo_id.split("/")[-1], repo_id=repo_id, **values))
+
+
+def _measured(path: Path) -> list[Figure]:
+    """Of the metrics of `vretrver evaluate`, each data set's own."""
+    from .evaluation.results import Results, primary_metric
+
+    results = Results.load(path)
+    figures = []
+    for name, group in results.groups.items():
+        metric = primary_metric(name)
+        score, calls = group["reranked"][metric], group["cost"]["calls"]
+        data = Path(str(results.settings.get("data", "–"))).name
+        figures.append(Figure(name, data, metric, score["mean"], group["n"], *score["interval"], calls))
+    return figures
 
 
 def _figure(row: Mapping[str, Any]) -> Figure:

@@ -48,7 +48,8 @@ def model(
         str | None, typer.Option(metavar="NAME", help="As cc-by-4.0; that of the model's own card by default.")
     ] = None,
     results: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Measured figures; FOLDER/evaluation.json by default.")
+        Path | None,
+        typer.Option(metavar="PATH", help="What evaluate wrote, or a list of rows; FOLDER/evaluation.json by default."),
     ] = None,
     public: PublicOption = False,
     revision: RevisionOption = "main",
