@@ -277,10 +277,24 @@ for reranker in [Reranker.from_pretrained("someone/base", adapter="someone/lora"
     change = reranker.engine.model.state_dict()[weight] - alone.engine.model.state_dict()[weight]
     print(reranker.window, reranker.sampling.max_turn_tokens, f"{change.norm().item():.4f}")
 """
+        together = client(code=code)
+        # Both once more in folders of one repository, on a branch; the second time from the cache.
+        files = {f"sub/{path.name}": path.read_bytes() for path in saved.iterdir() if path.is_file()}
+        files |= {f"lora/{path.name}": path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+        hub.add("someone/both", {}).commit("v2", files)
+        code = code[: code.index("for reranker")] + """
+whole = dict(revision="v2", subfolder="sub")
+lora = dict(adapter="someone/both", adapter_kwargs={"revision": "v2", "subfolder": "lora"})
+for reranker in [Reranker.from_pretrained("someone/both", **whole), Reranker.from_pretrained(
+    "someone/both", **whole, **lora
+)]:
+""" + code[code.index("    weight ="):]
+        folders = [client(code=code), client(code=code, HF_HUB_OFFLINE="1")]
         weights = adapted.merge_and_unload().state_dict()
         name = "model.language_model.layers.0.self_attn.q_proj.weight"
         change = weights[name] - AutoModelForImageTextToText.from_pretrained(saved).state_dict()[name]
-        assert client(code=code).splitlines() == [f"4 5 {change.norm().item():.4f}"] * 2
+        assert together.splitlines() == [f"4 5 {change.norm().item():.4f}"] * 2
+        assert [told.splitlines() for told in folders] == [["6 8 0.0000", f"4 5 {change.norm().item():.4f}"]] * 2
 
 
 class TestPushData:

@@ -402,8 +402,10 @@ class TransformersEngine(Engine):
 def _merged(model: PreTrainedModel, adapter: str | Path, place: dict[str, Any]) -> PreTrainedModel:
     from peft import PeftModel
 
-    hub.fetch(adapter, "adapter_model.safetensors", **place)  # peft would also take pickled weights
-    return PeftModel.from_pretrained(model, str(adapter), **place).merge_and_unload()
+    # From the cache's folder: by a hub id, peft would also take pickled weights, and offline not find a subfolder's.
+    hub.fetch(adapter, "adapter_config.json", **place)
+    folder = hub.fetch(adapter, "adapter_model.safetensors", **place).parent
+    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
 
 
 class _Session(Session):
