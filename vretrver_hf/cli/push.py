@@ -49,7 +49,7 @@ def model(
     ] = None,
     results: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="What evaluate wrote, or a list of rows; FOLDER/evaluation.json by default."),
+        typer.Option(metavar="PATH", help="What evaluate wrote, or a list of rows; FOLDER/evaluation.json else."),
     ] = None,
     public: PublicOption = False,
     revision: RevisionOption = "main",
