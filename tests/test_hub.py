@@ -282,13 +282,17 @@ for reranker in [Reranker.from_pretrained("someone/base", adapter="someone/lora"
         files = {f"sub/{path.name}": path.read_bytes() for path in saved.iterdir() if path.is_file()}
         files |= {f"lora/{path.name}": path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
         hub.add("someone/both", {}).commit("v2", files)
-        code = code[: code.index("for reranker")] + """
+        code = (
+            code[: code.index("for reranker")]
+            + """
 whole = dict(revision="v2", subfolder="sub")
 lora = dict(adapter="someone/both", adapter_kwargs={"revision": "v2", "subfolder": "lora"})
 for reranker in [Reranker.from_pretrained("someone/both", **whole), Reranker.from_pretrained(
     "someone/both", **whole, **lora
 )]:
-""" + code[code.index("    weight ="):]
+"""
+            + code[code.index("    weight =") :]
+        )
         folders = [client(code=code), client(code=code, HF_HUB_OFFLINE="1")]
         weights = adapted.merge_and_unload().state_dict()
         name = "model.language_model.layers.0.self_attn.q_proj.weight"
