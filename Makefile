@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 
 # Models in tests are so small that a second thread only waits for the first; a second process does not.
 test: $(VENV)/.installed-test
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not nightly" $(ARGS)
 
 test-browser: $(VENV)/.installed-test-browser
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -o addopts=-ra tests/browser $(ARGS)
@@ -26,7 +26,8 @@ test-browser: $(VENV)/.installed-test-browser
 test-vllm: $(VENV)-vllm/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/vllm_cpu -m "not nightly" $(ARGS)
 
-test-nightly: $(VENV)-vllm/.installed
+test-nightly: $(VENV)/.installed-test $(VENV)-vllm/.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/vllm_cpu $(ARGS)
 
 test-data: $(VENV)/.installed-test

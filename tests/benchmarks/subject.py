@@ -90,7 +90,7 @@ def make_tasks(args: argparse.Namespace, preset: Preset, count: int) -> list[Age
                 Item(text="noise", image=Image.fromarray(source.integers(0, 255, size, np.uint8)))
                 for _ in range(args.candidates)
             ]
-            for _ in range(min(count, 4))
+            for _ in range(count)
         ]
     query = Item(text="the one that fits")
     return [AgentTask(query, lists[i % len(lists)], preset, query_id=str(i)) for i in range(count)]

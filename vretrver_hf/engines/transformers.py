@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import inspect
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -88,6 +89,9 @@ class TransformersEngine(Engine):
         self.features = PictureFeatures(model.model.visual, self.encoder.processor.image_processor, feature_bytes)
         self.max_length = model.config.get_text_config().max_position_embeddings
         self._cache = SlotCache(model.config.get_text_config().num_hidden_layers, model.device)
+        # The argument's name in newer releases of transformers than the one that vLLM asks for.
+        known = inspect.signature(model.model.forward).parameters
+        self._kept = {"cache" if "cache" in known else "past_key_values": self._cache, "use_cache": True}
         self._rows: list[_Session] = []  # row i of the cache belongs to _rows[i]
         self._waiting: collections.deque[_Session] = collections.deque()
         self._done: dict[Session, TurnResult] = {}
@@ -288,8 +292,7 @@ class TransformersEngine(Engine):
                 mm_token_type_ids=(input_ids == self.encoder.image_pad).int().to(device),
                 position_ids=position_ids.to(device),
                 attention_mask=mask,
-                past_key_values=self._cache,
-                use_cache=True,
+                **self._kept,
                 **{name: value.to(device) for name, value in vision.items()},
             ).last_hidden_state
         ends = torch.tensor([len(row) - 1 for row in ids], device=device)
@@ -342,8 +345,7 @@ class TransformersEngine(Engine):
             input_ids=tokens[:, None],
             position_ids=positions[None, :, None].expand(3, -1, 1),
             attention_mask=self._mask(columns, length),
-            past_key_values=self._cache,
-            use_cache=True,
+            **self._kept,
         ).last_hidden_state[:, -1]
 
     def _draw(self, sessions: list[_Session], steps: int) -> _Draw:
