@@ -18,7 +18,7 @@ SMALL = {
     "grpo_step": ["--rollouts", "2", "--candidates", "2", "--thought", "2", "--steps", "1", "--freeze"],
     "retrieval": ["--count", "2000", "--dimensions", "8", "--queries", "3"],
     "rollout_pictures": ["--side", "56", "--groups", "1", "--rollouts", "2", "--repeat", "1"],
-    "server_load": ["--clients", "1", "--requests", "1"],
+    "server_load": ["--clients", "1", "--requests", "2"],
     "tools": ["--side", "112", "--calls", "1", "--repeats", "1"],
     "turns_and_windows": [
         *["--rows", "2", "--turns", "2", "--tokens", "1", "--queries", "2", "--windows", "2", "--median", "2"],
@@ -38,6 +38,6 @@ def test_each_benchmark_is_here():
 def test_runs(name, tmp_path):
     arguments = [*SMALL[name], *(["--out", tmp_path / "out"] if name == "evaluation_stream" else [])]
     command = [sys.executable, FOLDER / f"{name}.py", *arguments]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from vretrver_hf import Item
 from vretrver_hf.cli import main
 from vretrver_hf.data.conversations import read_records
 from vretrver_hf.data.examples import RerankExample, write_examples
+from vretrver_hf.journal import finished_entries
 from vretrver_hf.protocol import format_answer, format_call, format_turn
 
 
@@ -239,6 +241,30 @@ class TestSample:
         assert out.count("| all ") == 1  # only one of them tells
         assert contents(tmp_path, *RECORDS) == contents(sampled, *RECORDS)
 
+    @pytest.mark.nightly
+    def test_two_machines_sample_the_same(self, samples, sampled, tmp_path):
+        """Each has a launcher of its own; they meet at the first one's address and write into one folder."""
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        machines = []
+        for rank in range(2):
+            launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--mixed_precision", "no"]
+            launcher += ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank)]
+            launcher += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port), "-m"]
+            machines.append(start(*sample_args(samples, tmp_path), launcher=launcher, ACCELERATE_USE_CPU="true"))
+        try:
+            (code, out, err), (other_code, other_out, other_err) = map(finish, machines)
+        finally:
+            for machine in machines:  # where one has failed, the other waits for it
+                machine.terminate()
+                machine.wait(60)
+        assert (code, other_code) == (0, 0), err + other_err
+        assert sorted(path.name for path in (tmp_path / "journal").glob("*.jsonl")) == ["00000.jsonl", "00001.jsonl"]
+        shares = [(tmp_path / "journal" / name).read_bytes().count(b"\n") for name in ("00000.jsonl", "00001.jsonl")]
+        assert shares == [2, 1]
+        assert out.count("| all ") == 1 and "| all " not in other_out  # only the first tells
+        assert contents(tmp_path, *RECORDS) == contents(sampled, *RECORDS)
+
     def test_another_choice_needs_no_model_turn(self, capsys, samples, sampled):
         before = contents(sampled, *RECORDS, "journal/00000.jsonl")
         assert run(capsys, *sample_args(samples, sampled), "--keep", "any", "--max-per-query", 1)[0] == 0
@@ -292,13 +318,19 @@ def look_then_answer(body, before):
     return [format_turn("Is it red?", format_call("select_images", {"target_images": [1]})), answer][turn_of(body)]
 
 
+@pytest.fixture
+def red_or_blue(tmp_path) -> Path:
+    """Six queries, each with a picture and a text."""
+    candidates = [Item(image=Image.new("RGB", (60, 60), "red")), Item(text="blue")]
+    examples = [RerankExample(f"q{n}", Item(text=f"q{n}"), candidates, [0], "made up") for n in range(6)]
+    write_examples(tmp_path / "data.parquet", examples)
+    return tmp_path / "data.parquet"
+
+
 class TestSynthesize:
     @pytest.fixture
-    def data(self, tmp_path) -> Path:
-        candidates = [Item(image=Image.new("RGB", (60, 60), "red")), Item(text="blue")]
-        examples = [RerankExample(f"q{n}", Item(text=f"q{n}"), candidates, [0], "made up") for n in range(6)]
-        write_examples(tmp_path / "data.parquet", examples)
-        return tmp_path / "data.parquet"
+    def data(self, red_or_blue) -> Path:
+        return red_or_blue
 
     def args(self, data, server, out, *more) -> list:
         args = ["synthesize", "--data", data, "--out", out, "--teacher", server.url, "--teacher-model", "wise"]
@@ -379,3 +411,33 @@ class TestSampleAtAnEndpoint:
         records = read_records("out")
         assert {record.trajectory.query_id for record in records} == {"q0", "q1", "q2"}
         assert not any(record.trajectory.exact_tokens for record in records)
+
+    def test_killed_and_resumed_it_ends_where_an_uninterrupted_run_does(self, capsys, red_or_blue, tmp_path):
+        """What the endpoint says depends on the seed of each turn, and a sample in three is wrong."""
+
+        def script(body, before):
+            seed = body["seed"] % 1000
+            if turn_of(body) == 0:
+                return format_turn(f"Is it red? {seed}", format_call("select_images", {"target_images": [1]}))
+            return format_turn(f"So {seed}.", format_answer([0, 1] if seed % 3 else [1, 0]))
+
+        def args(server, out):
+            args = ["sample", "--data", red_or_blue, "--out", out, "--num-samples", 3, "--max-per-query", 3]
+            return [*args, "--model", "m", "--base-url", server.url, "--batch-size", 3]
+
+        whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+        with ScriptedTeacher(script) as server:
+            code, _, err = run(capsys, *args(server, whole))
+            assert code == 0, err
+            assert len(server.requests) == 6 * 3 * 2
+        with ScriptedTeacher(slowly(script, 0.2)) as server:
+            kill_after(start(*args(server, stopped)), stopped / "journal", 2)
+        finished = {key for key, _ in finished_entries(stopped / "journal")}
+        assert 2 <= len(finished) < 6 and not (stopped / "README.md").exists()
+        with ScriptedTeacher(script) as server:  # at another address
+            code, _, err = run(capsys, *args(server, stopped))
+            assert code == 0, err
+            asked = [query_of(request) for request in server.requests]
+        assert set(asked) == {f"q{n}" for n in range(6)} - finished and len(asked) == 2 * 3 * (6 - len(finished))
+        assert 0 < len(read_records(whole)) < 18
+        assert contents(stopped, *RECORDS) == contents(whole, *RECORDS)

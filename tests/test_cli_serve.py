@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import cohere
 import httpx
@@ -14,6 +17,7 @@ import pytest
 from teacher import Reply, ScriptedTeacher
 from test_cli import run
 
+from vretrver_hf.cli import serve
 from vretrver_hf.engines import Sampling
 from vretrver_hf.protocol import format_answer, format_turn, get_preset
 from vretrver_hf.reranker import save_config
@@ -36,6 +40,23 @@ def start(*args: str, **environment: str) -> tuple[subprocess.Popen, str]:
 def end(process: subprocess.Popen, number: int = signal.SIGTERM) -> tuple[int, str]:
     process.send_signal(number)
     return process.wait(60), process.stderr.read()
+
+
+def wait_for(condition) -> None:
+    ends = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < ends, "it never came"
+        time.sleep(0.02)
+
+
+def is_refused(url: str) -> bool:
+    """Whether nobody listens at the address any more."""
+    place = urlsplit(url)
+    try:
+        socket.create_connection((place.hostname, place.port), timeout=10).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def test_the_bundled_model_answers_the_cohere_sdk_and_ends_when_told():
@@ -72,6 +93,52 @@ def test_a_port_in_use_is_told_before_a_model_is_loaded(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, out, err = run(capsys, "serve", "--port", taken.getsockname()[1])
     assert code == 2 and "cannot listen on 127.0.0.1" in err and err.count("\n") == 1 and not out
+
+
+def test_the_port_is_taken_but_answers_nobody_until_the_model_is_loaded(capsys, monkeypatch):
+    """A connection is refused at once, so whoever asks may try again or ask another server."""
+    load, seen = serve.load_reranker, []
+
+    def look_then_load(*args, **settings):
+        with socket.socket() as other, pytest.raises(OSError) as taken:
+            other.bind(("127.0.0.1", port))
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=10)
+        seen.append(taken.value.errno)
+        return load(*args, **settings)
+
+    monkeypatch.setattr(serve, "load_reranker", look_then_load)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    # It ends once it has looked: there is no such folder.
+    code, _, err = run(capsys, "serve", "--port", port, "--model", "/no/such/model")
+    assert seen == [errno.EADDRINUSE] and code == 2 and "/no/such/model" in err and "serves" not in err
+
+
+def test_sigterm_finishes_the_request_under_way_and_takes_no_more():
+    go = threading.Event()
+
+    def script(body, before):
+        go.wait(60)
+        return format_turn("so", format_answer([1, 0]))
+
+    with ScriptedTeacher(script) as endpoint, ThreadPoolExecutor(1) as pool:
+        process, url = start("--model", "m", "--base-url", endpoint.url)
+        try:
+            request = {"query": "q", "documents": ["a", "b"]}
+            reply = pool.submit(httpx.post, url + "/v1/rerank", json=request, timeout=60)
+            wait_for(lambda: endpoint.requests)
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda: is_refused(url))
+            assert not reply.done() and process.poll() is None
+            go.set()
+            assert reply.result().status_code == 200
+            assert [result["index"] for result in reply.result().json()["results"]] == [1, 0]
+            assert process.wait(60) == 0 and "Traceback" not in process.stderr.read()
+        finally:
+            go.set()
+            process.kill()
+    assert len(endpoint.requests) == 1
 
 
 @pytest.mark.parametrize(

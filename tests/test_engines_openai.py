@@ -250,6 +250,21 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(make_reranker,
     assert secret not in caplog.text and secret not in repr(vars(caught.value))
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_key_is_sent_as_a_bearer_and_never_logged(make_reranker, monkeypatch, caplog, answers):
+    """At the lowest level of all loggers, in what they format and in what they are given to format."""
+    secret = "sk-very-secret-123"
+    monkeypatch.setenv("MY_KEY", secret)
+    caplog.set_level(logging.DEBUG)
+    reply = ANSWER if answers else Reply(401, {"error": {"message": f"bad key {secret}"}})
+    with ScriptedTeacher(lambda body, before: reply) as server:
+        (ranking,) = make_reranker(server.url, api_key_env="MY_KEY").rank_batch([("q", ["a", "b"])], on_error="record")
+    assert [headers["authorization"] for headers in server.headers] == [f"Bearer {secret}"]
+    assert (ranking.error is None) == answers and secret not in repr(ranking)
+    assert any(record.name.startswith("openai") for record in caplog.records)
+    assert not any(secret in f"{record.getMessage()} {vars(record)}" for record in caplog.records)
+
+
 class Enough(Exception):
     """What a caller raises who does not want to wait any more."""
 

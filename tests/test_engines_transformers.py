@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from scripted import ForcedEngine
+from tiny_models import make_model
 
 from vretrver_hf import Item, Reranker
 from vretrver_hf.agent import AgentLoop, AgentTask, play
@@ -13,6 +14,7 @@ from vretrver_hf.encoding import Encoded
 from vretrver_hf.engines import Sampling, _slot_cache, transformers
 from vretrver_hf.engines.transformers import TransformersEngine, _Draw, _Session
 from vretrver_hf.protocol import build_messages, format_answer, format_call, format_turn, get_preset
+from vretrver_hf.trajectory import Trajectory
 
 
 PRESET = get_preset("foveated", overview_pixels=128 * 128, inspect_pixels=160 * 160, max_calls=3)
@@ -33,8 +35,8 @@ def make_task(picture, query_id: str, num_candidates: int = 3, images: bool = Tr
     return AgentTask(Item(text=f"query {query_id}"), candidates, PRESET, query_id=query_id)
 
 
-def full_logprobs(model, engine, task, trajectory) -> list[float]:
-    """Log-probabilities of the sampled tokens from one plain forward pass over the whole conversation."""
+def full_logits(model, engine, task, trajectory) -> torch.Tensor:
+    """Rows of logits that the sampled tokens are drawn from, of one plain forward pass over the whole conversation."""
     items = [task.query, *task.candidates]
     pictures = [ref.render(items[ref.index].load_image()) for ref in trajectory.images]
     vision = (
@@ -49,9 +51,18 @@ def full_logprobs(model, engine, task, trajectory) -> list[float]:
             mm_token_type_ids=(ids == engine.encoder.image_pad).int(),
             **vision,
         ).logits[0]
-    logprobs = logits.log_softmax(-1)
-    places = [i for i, bit in enumerate(trajectory.mask) if bit]
-    return [logprobs[i - 1, trajectory.token_ids[i]].item() for i in places]
+    return logits[[i - 1 for i, bit in enumerate(trajectory.mask) if bit]]
+
+
+def play_one(engine, task) -> tuple[Trajectory, torch.Tensor]:
+    """The trajectory, and the rows of logits that its sampled tokens were drawn from."""
+    rows = []
+    hook = engine.model.lm_head.register_forward_hook(lambda head, args, logits: rows.append(logits.view(1, -1)))
+    try:
+        (trajectory,) = play(engine, [task])
+    finally:
+        hook.remove()
+    return trajectory, torch.cat(rows)
 
 
 @pytest.mark.parametrize("images", [False, True])
@@ -60,11 +71,30 @@ def test_cached_turns_equal_a_full_prefill(model, processor, picture, images, nu
     script = [*TURNS[:num_calls], format_turn("so", format_answer([1, 0, 2]))]
     engine = ForcedEngine(model, processor, lambda query_id, turn: script[turn])
     task = make_task(picture, "a", images=images)
-    (trajectory,) = play(engine, [task])
+    trajectory, cached = play_one(engine, task)
     assert trajectory.order == [1, 0, 2] and trajectory.num_calls == num_calls
-    cached = [value for value in trajectory.logprobs if value is not None]
+    full = full_logits(model, engine, task, trajectory)
+    assert cached.shape == full.shape == (trajectory.num_sampled_tokens, len(processor.tokenizer))
+    # Of the length of a row, not of each logit: these models' logits go up to 7, and a plain pass in float32 is itself
+    # 2e-5 away from one in float64.
+    assert ((cached - full).norm(dim=1) <= 1e-5 * full.norm(dim=1)).all()
+    sampled = [token for token, bit in zip(trajectory.token_ids, trajectory.mask, strict=True) if bit]
+    logprobs = [value for value in trajectory.logprobs if value is not None]
+    expected = full.log_softmax(-1)[range(len(sampled)), sampled].tolist()
     # Float32 keeps seven digits; which way the last one goes depends on the CPU's kernels.
-    assert cached == pytest.approx(full_logprobs(model, engine, task, trajectory), abs=1e-5, rel=5e-6)
+    assert logprobs == pytest.approx(expected, abs=1e-5, rel=5e-6)
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_cached_turns_differ_from_a_full_prefill_by_rounding_only(family, processor, picture, images):
+    """In float64 every logit is the same to twelve digits, so what float32 is off by is no mistake."""
+    script = [*TURNS, format_turn("so", format_answer([1, 0, 2]))]
+    model = make_model(family, processor).double()
+    engine = ForcedEngine(model, processor, lambda query_id, turn: script[turn])
+    task = make_task(picture, "a", images=images)
+    trajectory, cached = play_one(engine, task)
+    assert trajectory.num_calls == 3 and cached.dtype == torch.float64
+    assert (cached - full_logits(model, engine, task, trajectory)).abs().max() <= 1e-12
 
 
 def test_a_batch_gives_what_single_rows_give(model, processor, picture):
@@ -118,8 +148,6 @@ def test_pads_are_never_sampled(model, processor, picture):
 
 
 def test_eager_and_sdpa_agree(family, processor, picture):
-    from tiny_models import make_model
-
     runs = []
     tasks = [make_task(picture, str(i), num_candidates=2 + i) for i in range(3)]
     for implementation in ("sdpa", "eager"):

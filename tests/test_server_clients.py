@@ -37,13 +37,12 @@ class TestHaystack:
     @pytest.fixture
     def make_ranker(self, server, monkeypatch):
         monkeypatch.setenv("HAYSTACK_TELEMETRY_ENABLED", "False")
-        reason = "Haystack is not installed: pip install jina-haystack"
-        jina = pytest.importorskip("haystack_integrations.components.rankers.jina", reason=reason)
         from haystack.utils import Secret
+        from haystack_integrations.components.rankers.jina import JinaRanker
 
         def make(key="k", **settings):
             url = server.url + "/v1/rerank"
-            return jina.JinaRanker("default", Secret.from_token(key), base_url=url, **settings)
+            return JinaRanker("default", Secret.from_token(key), base_url=url, **settings)
 
         return make
 

@@ -10,12 +10,16 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm runs this folder where it is")
 
+import vllm
 from bundled import one_sample_a_task
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from vretrver_hf import Item, Reranker
 from vretrver_hf.agent import AgentTask, play
 from vretrver_hf.engines import EngineError, Sampling
+from vretrver_hf.engines import vllm as vllm_engine
+from vretrver_hf.engines.vllm import VLLMEngine
+from vretrver_hf.images import picture_id
 from vretrver_hf.reranker import bundled_model
 from vretrver_hf.samples import load_samples
 
@@ -41,17 +45,100 @@ def assert_same(mine, theirs, tolerance: float = 1e-4) -> None:
     assert known == pytest.approx([value for value in theirs.logprobs if value is not None], abs=tolerance)
 
 
+class Work:
+    """What vLLM does within the context, in which its caches are empty at first. `take` returns what came since."""
+
+    def __init__(self, engine):
+        self.pictures: set[str] = set()
+        """Ids of all pictures that were submitted."""
+        self.names: set[str] = set()
+        """What vLLM's caches know them by."""
+        self._engine = engine
+        self._patch = pytest.MonkeyPatch()
+        self._turns: dict[tuple[str, int], tuple[int, int]] = {}
+        self._processed: list[str] = []
+        self._num_seen = 0
+
+    def __enter__(self) -> Work:
+        llm_engine = self._engine.llm.llm_engine
+        for reset in (llm_engine.reset_prefix_cache, llm_engine.reset_mm_cache, llm_engine.reset_encoder_cache):
+            reset()
+        processor = type(self._engine.encoder.processor.image_processor)
+        preprocess = processor.preprocess
+
+        def process(processor, images, *args, **kwargs):
+            self._processed += {picture_id(image) for image in images}  # a prompt may show the same one twice
+            return preprocess(processor, images, *args, **kwargs)
+
+        add_request = llm_engine.engine_core.add_request
+
+        def add(request):
+            self.names |= {feature.identifier for feature in request.mm_features or ()}
+            add_request(request)
+
+        self._patch.setattr(llm_engine.engine_core, "add_request", add)
+        self._patch.setattr(processor, "preprocess", process)
+        self._patch.setattr(self._engine, "submit", self._submit)
+        self._patch.setattr(self._engine, "_step", self._step)
+        (self._hook,) = self._engine.llm.apply_model(self._watch_tower)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hook.remove()
+        self._patch.undo()
+
+    def take(self) -> tuple[dict[tuple[str, int], tuple[int, int]], list[str], int]:
+        """
+        By query and turn how many tokens the conversation had and how many of them were read before; the pictures that
+        passed the processor, and how many passed the tower.
+        """
+        taken = self._turns, self._processed, self._num_seen
+        self._turns, self._processed, self._num_seen = {}, [], 0
+        return taken
+
+    def _watch_tower(self, model):
+        def see(tower, args, kwargs, output):
+            self._num_seen += len(kwargs["grid_thw"])
+
+        return model.visual.register_forward_hook(see, with_kwargs=True)
+
+    def _submit(self, session, encoded, sampling):
+        VLLMEngine.submit(self._engine, session, encoded, sampling)
+        self.pictures.update(session.image_ids)
+
+    def _step(self):
+        outputs = VLLMEngine._step(self._engine)
+        for output in outputs:
+            session = self._engine._requests[output.request_id]
+            counts = len(output.prompt_token_ids), output.num_cached_tokens
+            self._turns[session.query_id, session.turn] = counts
+        return outputs
+
+
 def test_every_conversation_is_the_transformers_engines(rerankers):
     """Held-out samples with pictures and calls, all at once, then again with warm caches."""
     fast, plain = rerankers
     pairs = [(sample.query, sample.candidates) for sample in one_sample_a_task().values()]
     expected = plain.rank_batch(pairs)
     assert sum(ranking.num_calls for ranking in expected) >= 3
-    for _ in range(2):
-        for mine, theirs in zip(fast.rank_batch(pairs), expected, strict=True):
-            assert mine.order == theirs.order
-            for pair in zip(mine.trajectories, theirs.trajectories, strict=True):
-                assert_same(*pair)
+    block = fast.engine.llm.llm_engine.vllm_config.cache_config.block_size
+    passes = []
+    with Work(fast.engine) as work:
+        for _ in range(2):
+            for mine, theirs in zip(fast.rank_batch(pairs), expected, strict=True):
+                assert mine.order == theirs.order
+                for pair in zip(mine.trajectories, theirs.trajectories, strict=True):
+                    assert_same(*pair)
+            passes.append(work.take())
+    (first, processed, num_seen), (second, *again) = passes
+    assert max(turn for _, turn in first) >= 3 and len(work.pictures) > 20
+    assert work.names == work.pictures
+    # Only whole blocks are kept, and the last token is always read. Of what a conversation had before, nothing is.
+    later = {place: counts for place, counts in first.items() if place[1] > 1}
+    assert all(cached >= first[query, turn - 1][0] // block * block for (query, turn), (_, cached) in later.items())
+    assert second == {place: (count, (count - 1) // block * block) for place, (count, _) in first.items()}
+    # Each picture passes the processor and the tower once, whichever turn and query shows it.
+    assert sorted(processed) == sorted(work.pictures) and num_seen == len(work.pictures) and again == [[], 0]
 
 
 def test_windows_too(rerankers):
@@ -186,6 +273,55 @@ def test_an_engine_whose_process_has_died_is_lost(rerankers, monkeypatch):
         with pytest.raises(EngineError) as caught:
             begin(rerankers[0], 1)
         assert engine.is_lost(caught.value)
+
+
+class Stopped(Exception):
+    """What is raised in place of loading a model."""
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"max_num_seqs": 64, "enable_prefix_caching": True, "tensor_parallel_size": 1, "dtype": "auto"}),
+        ({"max_sessions": 3, "tensor_parallel_size": 2}, {"max_num_seqs": 3, "tensor_parallel_size": 2}),
+        (  # what is given goes before what the engine sets itself
+            {"max_sessions": 3, "max_num_seqs": 5, "enable_prefix_caching": False, "max_model_len": 1024},
+            {"max_num_seqs": 5, "enable_prefix_caching": False, "max_model_len": 1024},
+        ),
+        (
+            {"data_parallel_size": 2, "distributed_executor_backend": "external_launcher"},
+            {"data_parallel_size": 2, "distributed_executor_backend": "external_launcher"},
+        ),
+    ],
+)
+def test_settings_reach_vllm(monkeypatch, given, expected):
+    """Its own class for them takes them, so they bear the names that it knows."""
+    made = []
+
+    def load(**settings):
+        made.append(vllm.EngineArgs(**settings))
+        raise Stopped
+
+    monkeypatch.setattr(vllm, "LLM", load)
+    with pytest.raises(Stopped):
+        VLLMEngine.from_pretrained(bundled_model(), **given)
+    (arguments,) = made
+    assert {name: getattr(arguments, name) for name in expected} == expected
+    assert arguments.model == str(bundled_model()) and arguments.mm_processor_kwargs == {"do_resize": False}
+
+
+def test_settings_are_those_that_vllm_runs_with(rerankers):
+    config = rerankers[0].engine.llm.llm_engine.vllm_config
+    assert config.cache_config.enable_prefix_caching
+    assert (config.scheduler_config.max_num_seqs, config.model_config.max_model_len) == (8, 2048)
+    assert config.parallel_config.tensor_parallel_size == 1
+
+
+def test_vllm_cannot_run_replicas_in_one_process(monkeypatch):
+    """What the refusal is for. Where this fails, vLLM can, and the refusal can go."""
+    monkeypatch.setattr(vllm_engine, "_check_replicas", lambda name, settings: None)
+    with pytest.raises(ValueError, match="data_parallel_size=2.* is not supported for single-process usage"):
+        VLLMEngine.from_pretrained(bundled_model(), data_parallel_size=2, **SETTINGS)
 
 
 def test_a_subfolder_is_refused():

@@ -100,17 +100,19 @@ class VLLMEngine(Engine):
                 Folder of a LoRA adapter to run the model with. Adapters of a higher rank than vLLM's default need
                 `max_lora_rank`.
             kwargs:
-                Passed to `vllm.LLM`: `tensor_parallel_size`, `data_parallel_size`, `gpu_memory_utilization`,
-                `max_model_len`, `quantization`, …
+                Passed to `vllm.LLM`: `tensor_parallel_size`, `gpu_memory_utilization`, `max_model_len`,
+                `quantization`, … These go before what the engine sets itself. More replicas than one are for
+                `vllm serve --data-parallel-size`, and for engine `"openai"` to ask.
 
         Raises:
-            `ValueError`: for a model family that has no chat template here, or a subfolder.
+            `ValueError`: for a model family that has no chat template here, a subfolder, or several replicas.
         """
+        if subfolder:
+            raise ValueError(f"vLLM cannot load the subfolder {subfolder!r}; give the folder itself as the model")
+        _check_replicas(name, kwargs)
         import vllm
         from transformers import AutoConfig, AutoProcessor
 
-        if subfolder:
-            raise ValueError(f"vLLM cannot load the subfolder {subfolder!r}; give the folder itself as the model")
         source: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
         family = AutoConfig.from_pretrained(name, **source).model_type
         if family not in chat_templates.families():
@@ -246,6 +248,17 @@ class _Session(Session):
         self.image_ids: list[str] = []
         self.request: str | None = None
         self.started = 0.0
+
+
+def _check_replicas(name: str | Path, settings: dict[str, Any]) -> None:
+    """vLLM itself says so only after the model's configuration was fetched, and not where to turn."""
+    count = int(settings.get("data_parallel_size", 1))
+    if count > 1 and settings.get("distributed_executor_backend") != "external_launcher":
+        raise ValueError(
+            f"vLLM cannot run data_parallel_size={count} replicas in this process; start "
+            f"`vllm serve {name} --data-parallel-size {count}` and ask it with engine='openai' and base_url "
+            "(--base-url on the command line)"
+        )
 
 
 def _adapter(folder: str | Path) -> Any:
