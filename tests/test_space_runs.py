@@ -135,6 +135,13 @@ class TestInputs:
         with pytest.raises(ItemError, match="candidate 1 is larger than the limit of 10 bytes$"):
             from_form("q", None, [picture()], "a", False, Limits(max_bytes=10))
 
+    def test_an_upload_that_was_removed_is_asked_for_again(self, picture):
+        kept, removed = picture(), picture(name="b.png")
+        Path(removed).unlink()
+        with pytest.raises(ItemError, match="^candidate 2: its upload was removed.* upload it again$") as caught:
+            from_form("q", None, [kept, removed], "", False, self.LIMITS)
+        assert "b.png" not in str(caught.value)
+
     @pytest.mark.parametrize("given", ["/etc/passwd.png", "https://x.org/a.png", "../a.png"])
     def test_programs_cannot_name_files(self, given):
         with pytest.raises(ItemError):

@@ -7,6 +7,7 @@ import html
 import importlib.util
 import json
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ from typing import Any
 
 import gradio as gr
 from bodies import BodyLimit
+from failures import naming, told
 from gradio_client.utils import is_http_url_like
 from inputs import from_form, from_texts
 from limits import Limits
-from runs import Run, Runs, Stage, Stopped
+from runs import Run, Runs, Stage
 from starlette.middleware import Middleware
 
 from vretrver_hf import Item, ItemError, Ranking, Reranker
@@ -72,7 +74,8 @@ class Space:
             import torch
 
             torch.set_num_threads(1)  # a model so small only waits for a second thread
-        return Reranker.from_pretrained(_name(model))
+        with naming(model):
+            return Reranker.from_pretrained(_name(model))
 
     def run(
         self,
@@ -120,11 +123,8 @@ class Space:
                 files = _files(plays[0].ranking, Path(folder))
                 downloads = [gr.DownloadButton(value=str(file), visible=True) for file in files]
                 yield _message(plays[0].summary()), pieces[0], "".join(pieces[1:]), *downloads, *waiting
-        except (ItemError, Stopped) as error:
-            yield _message(str(error), failed=True), *_traces(plays), none, none, *waiting
-        except ValueError as error:
-            told = _message(f"These settings do not work: {error}", failed=True)
-            yield told, *_traces(plays), none, none, *waiting
+        except Exception as error:  # whatever it is, the next run must be possible
+            yield _message(told(error), failed=True), *_traces(plays), none, none, *waiting
 
     def rerank(
         self, query: str, candidates: list[str], query_image: str = "", tools: bool = True, request: gr.Request = None
@@ -134,14 +134,15 @@ class Space:
 
         Args:
             query: What is looked for, in words; may be empty if query_image is given.
-            candidates: Two or more candidates. Each is a text, or a picture as a base64 data: URL such as
-                "data:image/png;base64,...". Paths and URLs are refused.
+            candidates: Two or more texts, or pictures as "data:image/png;base64,...". Paths and URLs are refused.
             query_image: A picture of what is looked for, as a base64 data: URL; empty if there is none.
             tools: Whether the model may look closer at pictures before it answers.
 
         Returns:
-            order: 0-based indices of the candidates, best first. status: "ok", "repaired" or "fallback" (no usable
-            answer: input order). trace: what the model thought and did, turn by turn. calls, tokens, seconds: cost.
+            order: 0-based indices of the candidates, best first.
+            status: "ok", "repaired", or "fallback" if there was no usable answer and the order is that of the input.
+            trace: what the model thought and did, turn by turn.
+            calls, tokens, seconds: what it cost.
         """
         try:
             items = from_texts(query, query_image, candidates, self.limits)
@@ -150,12 +151,22 @@ class Space:
                 stage = self.stage(self.models[0], run)
                 variant = _variant(stage.reranker, {"preset": stage.reranker.preset}, tools)
                 *_, ranking = stage.play(run, variant, *items)
-        except (ItemError, Stopped) as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        told = {key: value for key, value in ranking.to_dict().items() if key not in ("trajectories", "query_id")}
+        except Exception as error:
+            raise gr.Error(told(error), print_exception=False) from error
+        facts = {key: value for key, value in ranking.to_dict().items() if key not in ("trajectories", "query_id")}
         turns = [turn for trajectory in ranking.trajectories for turn in trajectory.assistant_turns]
         trace = [{"thought": turn.thought, "call": turn.call, "carried_out": turn.valid} for turn in turns]
-        return {**told, "trace": trace}
+        return {**facts, "trace": trace}
+
+    def saved_beside(self, model: str) -> tuple:
+        """How a model is to be played, once it is chosen: a message, and what the page's settings become."""
+        try:
+            if model not in self.models:
+                raise ItemError(f"there is no model {model!r} here")
+            with naming(model):
+                return "", *_shown(saved_settings(_name(model)), self.limits)
+        except Exception as error:
+            return _message(told(error), failed=True), *[gr.skip()] * len(_shown(self.saved, self.limits))
 
     def cancel(self, request: gr.Request) -> None:
         """Stops this visitor's run."""
@@ -233,16 +244,30 @@ def _in_turns(plays: list[_Play], streams: list[Iterator]) -> Iterator[None]:
             stream.close()
 
 
+def _shown(saved: dict[str, Any], limits: Limits) -> tuple[float, ...]:
+    """What the page's settings say of what is saved beside a model, as far as their scales go."""
+    preset = saved["preset"]
+    return (
+        min(saved["window"], limits.max_candidates),
+        min(preset.max_calls, _MOST_CALLS),
+        _side(preset.overview_pixels),
+        _side(preset.inspect_pixels),
+        saved["sampling"].temperature,
+    )
+
+
 def _settings(
     saved: Reranker, window: float, max_calls: float, overview_side: float, inspect_side: float, temperature: float
 ) -> dict[str, Any]:
-    changes = {"max_calls": int(max_calls)}
-    changes |= {"overview_pixels": int(overview_side) ** 2} if overview_side else {}
-    changes |= {"inspect_pixels": int(inspect_side) ** 2} if inspect_side else {}
+    """What the page's settings mean; one that was left alone is what is saved, which its scale may only round."""
+    sides = {"overview_pixels": overview_side, "inspect_pixels": inspect_side}
+    changes = {
+        name: int(side) ** 2 for name, side in sides.items() if side and side != _side(getattr(saved.preset, name))
+    }
     return {
-        "preset": dataclasses.replace(saved.preset, **changes),
+        "preset": dataclasses.replace(saved.preset, max_calls=int(max_calls), **changes),
         "window": int(window),
-        "stride": max(1, int(window) // 2),
+        "stride": saved.stride if window == saved.window else max(1, int(window) // 2),
         "sampling": dataclasses.replace(saved.sampling, temperature=float(temperature)),
     }
 
@@ -286,6 +311,17 @@ def _busy(text: str) -> str:
     return f'<div class="vretrver"><p class="busy">{html.escape(text)}</p></div>'
 
 
+def _constant(*values: str) -> str:
+    """A function of the browser that returns these."""
+    return f"() => {json.dumps(values)}"
+
+
+def _not_run() -> tuple:
+    """What the page shows where Gradio refused a run or lost it; its own note of the reason goes away."""
+    text = "This was not run. If too many are waiting for a turn, try again in a minute."
+    return _message(text, failed=True), "", gr.Button(interactive=True), gr.Button(interactive=False)
+
+
 def _label(sample: Sample) -> str:
     text = sample.query.text or "a picture"
     return f"{sample.task}: {text if len(text) <= 60 else text[:59] + '…'}"
@@ -304,8 +340,9 @@ def build(space: Space) -> gr.Blocks:
         space (`Space`): What it does.
     """
     limits, samples = space.limits, list(space.samples.values())
-    saved, preset = space.saved, space.saved["preset"]
-    hidden = {"api_visibility": "private"}
+    shown = _shown(space.saved, limits)
+    hidden = {"api_visibility": "private", "show_progress": "hidden"}
+    at_once = {**hidden, "queue": False}  # what is not to wait behind runs, nor be refused where too many wait
     with gr.Blocks(
         title="Rerank with evidence",
         analytics_enabled=False,
@@ -330,11 +367,12 @@ def build(space: Space) -> gr.Blocks:
         compare = gr.Checkbox(label="Compare: with and without tools, side by side", elem_id="compare")
         with gr.Accordion("Settings", open=False):
             model = gr.Dropdown(space.models, value=space.models[0], label="Model")
-            window = gr.Slider(2, limits.max_candidates, value=saved["window"], step=1, label="Candidates at a time")
-            calls = gr.Slider(0, 8, value=preset.max_calls, step=1, label="Calls of tools, at most")
-            overview = gr.Slider(0, 1024, value=_side(preset.overview_pixels), step=1, label=_SIDES[0])
-            inspect = gr.Slider(0, 1024, value=_side(preset.inspect_pixels), step=1, label=_SIDES[1])
-            temperature = gr.Slider(0, 2, value=saved["sampling"].temperature, step=0.1, label="Temperature")
+            window = gr.Slider(2, limits.max_candidates, value=shown[0], step=1, label="Candidates at a time")
+            calls = gr.Slider(0, _MOST_CALLS, value=shown[1], step=1, label="Calls of tools, at most")
+            overview = gr.Slider(0, _MOST_SIDE, value=shown[2], step=1, label=_SIDES[0])
+            inspect = gr.Slider(0, _MOST_SIDE, value=shown[3], step=1, label=_SIDES[1])
+            temperature = gr.Slider(0, 2, value=shown[4], step=0.1, label="Temperature")
+            settings = [window, calls, overview, inspect, temperature]
         with gr.Row():
             run = gr.Button("Run", variant="primary", elem_id="run")
             cancel = gr.Button("Cancel", interactive=False, elem_id="cancel")
@@ -346,20 +384,23 @@ def build(space: Space) -> gr.Blocks:
             as_page = gr.DownloadButton("The trace as a page", visible=False, elem_id="as-page")
             as_json = gr.DownloadButton("The trace as JSON", visible=False, elem_id="as-json")
 
-        source.change(_show_source, source, [sample_box, own_box], **hidden)
-        sample.change(space.preview, sample, preview, show_progress="hidden", **hidden)
+        source.change(_show_source, source, [sample_box, own_box], **at_once)
+        sample.change(space.preview, sample, preview, **at_once)
+        model.change(space.saved_beside, model, [message, *settings], **at_once)
+        # The browser itself says so: the queue says nothing before a run begins, however long that takes.
+        run.click(None, None, [message, left, right], js=_constant("", _busy("Waiting for a turn …"), ""), **hidden)
         form = [source, sample, text, picture, pictures, texts, paired, compare]
-        run.click(
+        ran = run.click(
             space.run,
-            [*form, model, window, calls, overview, inspect, temperature],
+            [*form, model, *settings],
             [message, left, right, as_page, as_json, run, cancel],
             concurrency_limit=limits.concurrency,
             concurrency_id="model",
-            show_progress="hidden",
             **hidden,
         )
-        cancel.click(space.cancel, None, None, queue=False, show_progress="hidden", **hidden)
-        page.load(space.asked_sample, None, sample, show_progress="hidden", **hidden)
+        ran.failure(_not_run, None, [message, left, run, cancel], **at_once)
+        cancel.click(space.cancel, None, None, **at_once)
+        page.load(space.asked_sample, None, sample, **at_once)
         page.unload(space.cancel)
         gr.api(space.rerank, api_name="rerank", concurrency_limit=limits.concurrency, concurrency_id="model")
     for block in page.blocks.values():
@@ -367,6 +408,7 @@ def build(space: Space) -> gr.Blocks:
     return page.queue(max_size=limits.max_queue)
 
 
+_MOST_CALLS, _MOST_SIDE = 8, 1024
 _SIDES = (
     "Pictures at first, as squares of so many pixels a side (0: as saved)",
     "Pictures looked at again, as squares of so many pixels a side (0: as saved)",
@@ -374,7 +416,7 @@ _SIDES = (
 
 
 def _side(pixels: int | None) -> int:
-    return min(1024, round((pixels or 0) ** 0.5))
+    return min(_MOST_SIDE, round((pixels or 0) ** 0.5))
 
 
 def _show_source(source: str) -> tuple[dict, dict]:
@@ -397,6 +439,11 @@ def launch(page: gr.Blocks, limits: Limits, **options: Any) -> Any:
 
 def main() -> None:
     """Serves the models that `VRETRVER_MODELS` lists, within the limits that the environment sets."""
+    if os.environ.get("SPACES_ZERO_GPU"):
+        sys.exit(
+            "This Space does not run on ZeroGPU, which lends a GPU to a process made for one call: here runs share a "
+            "model that stays loaded, and Cancel reaches into it. Choose a CPU or a GPU of its own."
+        )
     models = [name.strip() for name in os.environ.get("VRETRVER_MODELS", BUNDLED).split(",") if name.strip()]
     limits = Limits.from_environment()
     space = Space(models, limits)

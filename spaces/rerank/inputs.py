@@ -102,9 +102,12 @@ def _item(text: str | None, image: bytes | str | None, name: str, limits: Limits
 def _read(path: str, name: str, limits: Limits) -> bytes:
     """The bytes of an uploaded file; without its path, which nobody needs to see in a message."""
     file = Path(path)
-    if file.stat().st_size > limits.max_bytes:
-        raise ItemError(f"{name} is larger than the limit of {limits.max_bytes:,} bytes")
-    return file.read_bytes()
+    try:
+        if file.stat().st_size > limits.max_bytes:
+            raise ItemError(f"{name} is larger than the limit of {limits.max_bytes:,} bytes")
+        return file.read_bytes()
+    except FileNotFoundError as error:
+        raise ItemError(f"{name}: its upload was removed, as all are after a while; upload it again") from error
 
 
 def _with_ids(items: list[Item]) -> list[Item]:

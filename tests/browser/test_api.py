@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import asyncio
 import base64
+import dataclasses
+import html
 import json
 import os
 import shutil
@@ -15,13 +17,16 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from servers import free_port
 
-from vretrver_hf.reranker import bundled_model, saved_settings
+from vretrver_hf.engines import EngineError, Sampling
+from vretrver_hf.protocol import get_preset
+from vretrver_hf.reranker import bundled_model, save_config, saved_settings
 from vretrver_hf.samples import load_samples
 
 
@@ -181,6 +186,13 @@ def test_a_model_that_cannot_be_loaded_ends_the_space(tmp_path):
     assert ended.returncode == 1 and b".safetensors" in ended.stderr
 
 
+def test_zerogpu_is_refused_at_the_start():
+    """There every visitor's run would fail."""
+    environment = {**ENVIRONMENT, "SPACES_ZERO_GPU": "true", "GRADIO_SERVER_PORT": str(free_port())}
+    ended = subprocess.run([sys.executable, APP], env=environment, capture_output=True, timeout=120)
+    assert ended.returncode == 1 and b"does not run on ZeroGPU" in ended.stderr and not ended.stdout
+
+
 def test_who_waits_for_the_model_can_cancel_and_loses_no_time(monkeypatch):
     import app
     from runs import Run, Stopped
@@ -206,6 +218,90 @@ def test_who_waits_for_the_model_can_cancel_and_loses_no_time(monkeypatch):
         assert first.result() is waiting.result() and first.result().reranker is model
 
 
+FORM = (SAMPLE.id, "", None, None, "", False, False)
+VISITOR = SimpleNamespace(session_hash="visitor")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (KeyError("/home/me/.secret"), "Something failed here"),
+        (EngineError("engine 'transformers' failed: no room\n/home/me/.secret"), "failed: no room"),
+    ],
+)
+@pytest.mark.parametrize("where", ["from_pretrained", "rank_stream"])
+def test_whatever_fails_the_next_run_is_possible(monkeypatch, where, error, text):
+    import app
+    import gradio as gr
+
+    space = app.Space([app.BUNDLED], app.Limits())
+
+    def fail(*given):
+        raise error
+
+    monkeypatch.setattr(app.Reranker, where, fail)
+    settings = app._shown(space.saved, space.limits)
+    *_, last = space.run(app.SAMPLE, *FORM, app.BUNDLED, *settings, VISITOR)
+    message, trace, other, *downloads, run, cancel = last
+    assert text in html.unescape(message) and 'role="alert"' in message and "secret" not in message
+    assert run.interactive and not cancel.interactive and not any(button.visible for button in downloads)
+    assert "Loading" not in trace and not other
+    with pytest.raises(gr.Error, match=text) as caught:
+        space.rerank("q", ["a", "b"])
+    assert "secret" not in str(caught.value)
+    monkeypatch.undo()
+    *_, last = space.run(app.SAMPLE, *FORM, app.BUNDLED, *settings, VISITOR)
+    assert "Done: candidate" in last[0]
+
+
+class TestSavedBeside:
+    """A model that is chosen brings the settings that it is to be played with."""
+
+    PRESET = get_preset("foveated", max_calls=2, overview_pixels=1280 * 784, inspect_pixels=300 * 300)
+
+    @pytest.fixture
+    def model(self, tmp_path):
+        (tmp_path / "config.json").write_text("{}")
+        save_config(tmp_path, self.PRESET, 7, 2, Sampling(temperature=0.7))
+        return str(tmp_path)
+
+    def test_they_are_shown(self, model):
+        import app
+
+        space = app.Space([app.BUNDLED, model], app.Limits())
+        assert space.saved_beside(model) == ("", 7, 2, 1002, 300, 0.7)
+        assert space.saved_beside(app.BUNDLED) == ("", 8, 4, 85, 125, 0)
+
+    def test_as_far_as_their_scales_go(self, model):
+        import app
+
+        preset = dataclasses.replace(self.PRESET, max_calls=50, overview_pixels=10**7)
+        save_config(Path(model), preset, 30, 2, Sampling())
+        space = app.Space([app.BUNDLED, model], app.Limits(max_candidates=5))
+        assert space.saved_beside(model) == ("", 5, 8, 1024, 300, 0)
+
+    def test_what_is_left_alone_is_played_as_saved(self, model):
+        import app
+
+        saved = SimpleNamespace(**saved_settings(model))
+        shown = app._shown(saved_settings(model), app.Limits())
+        played = app._settings(saved, *shown)
+        assert played == {"preset": self.PRESET, "window": 7, "stride": 2, "sampling": Sampling(temperature=0.7)}
+        changed = app._settings(saved, 6, 1, 1000, 0, 0.5)
+        assert (changed["window"], changed["stride"], changed["sampling"].temperature) == (6, 3, 0.5)
+        assert changed["preset"] == dataclasses.replace(self.PRESET, max_calls=1, overview_pixels=1000**2)
+
+    @pytest.mark.parametrize("absent", ["of/its/own", "unlisted"])
+    def test_a_model_that_cannot_be_had_leaves_them(self, absent):
+        import app
+        import gradio as gr
+
+        space = app.Space([app.BUNDLED, "of/its/own"], app.Limits())
+        message, *settings = space.saved_beside(absent)
+        assert 'role="alert"' in message and absent in message
+        assert settings == [gr.skip()] * 5
+
+
 def test_as_a_tool_of_an_agent(space):
     from mcp import ClientSession
     from mcp.client.streamable_http import streamable_http_client
@@ -226,5 +322,9 @@ def test_as_a_tool_of_an_agent(space):
     properties = tool.inputSchema["properties"]
     assert set(properties) == {"query", "candidates", "query_image", "tools"}
     assert properties["candidates"]["type"] == "array" and "data:" in properties["candidates"]["description"]
+    assert "refused" in properties["candidates"]["description"]
+    for name, value in properties.items():
+        assert value["description"].endswith("."), name  # Gradio reads one line an argument
+    assert tool.description.endswith("calls, tokens, seconds: what it cost.")
     assert not good.isError and sorted(ast.literal_eval(good.content[0].text)["order"]) == list(range(len(PICTURES)))
     assert bad.isError and "does not fetch URLs" in bad.content[0].text
