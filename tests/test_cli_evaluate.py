@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from evaluation_files import released_row, write_rows
 from mbeir_files import write_mbeir
 from teacher import ScriptedTeacher
 from test_cli_sample import finish, kill_after, run, start
@@ -189,6 +190,94 @@ class TestFinished:
         args = [{"WHOLE": whole, "DATA": data}.get(arg, arg) for arg in args]
         code, out, err = run(capsys, "report", *args)
         assert (code, out) == (2, "") and err.startswith("vretrver: ") and named in err
+
+
+def last_number_first(body: dict, before: int) -> str:
+    """Answers with the candidates in reverse, whatever they are."""
+    count = len(re.findall(r"^\(\d+\) ", json.dumps(body["messages"]).replace("\\n", "\n"), re.MULTILINE))
+    return format_turn("so", format_answer(range(count - 1, -1, -1)))
+
+
+def test_two_passes(capsys, data, tmp_path):
+    """Windows of two that are turned round: a pass brings the last to the front, and a second pass the next."""
+    with ScriptedTeacher(last_number_first) as server:
+        endpoint = ["--model", "m", "--base-url", server.url, "--limit", 2, "--window", 2]
+        for passes in (1, 2):
+            args = arguments(data, tmp_path / str(passes), *endpoint, "--passes", passes)
+            code, _, err = run(capsys, *args)
+            assert code == 0, err
+    once, twice = journal(tmp_path / "1"), journal(tmp_path / "2")
+    assert [(result.order, len(result.windows)) for result in once.values()] == [([3, 0, 1, 2], 3)] * 2
+    assert [(result.order, len(result.windows)) for result in twice.values()] == [([2, 3, 0, 1], 6)] * 2
+
+
+@pytest.fixture
+def late(tmp_path) -> Path:
+    """Rows whose relevant candidate is the last of 50 coarse results, and shown by the prompt, as it always is."""
+    rows = [released_row(number, source="mbeir_fashioniq_task7_test") for number in range(2)]
+    return write_rows(tmp_path / "late.parquet", rows)
+
+
+class TestTop20:
+    def evaluate(self, capsys, late, out, *more) -> dict:
+        with ScriptedTeacher(last_number_first) as server:
+            args = ["--data", late, "--out", out, "--model", "m", "--base-url", server.url, "--mode", "top20", *more]
+            code, _, err = run(capsys, "evaluate", *args)
+        assert code == 0, err
+        return json.loads((out / "metrics.json").read_text())
+
+    @pytest.mark.parametrize("prompt", ["preset", "dataset"])
+    def test_is_the_first_20_of_the_coarse_results(self, capsys, late, tmp_path, prompt):
+        """What the prompt shows holds the relevant one; ranking that would make hit@20 1 whatever the model does."""
+        metrics = self.evaluate(capsys, late, tmp_path / "out", "--prompt", prompt)
+        means = {name: score["mean"] for name, score in metrics["total"]["reranked"].items()}
+        assert (means["hit@1"], means["hit@10"], means["hit@20"]) == (0, 0, 0)
+        assert means["hit@50"] == 1 and means["mrr"] == pytest.approx(1 / 50)  # what is not reranked keeps its place
+        assert metrics["settings"]["candidates"] == "hits" and metrics["total"]["cost"]["windows"] == 1
+        for result in journal(tmp_path / "out").values():
+            assert result.order == [*range(19, -1, -1), *range(20, 50)]
+
+    def test_rows_without_coarse_results_are_ranked_by_what_they_show_and_said_so(self, capsys, tmp_path):
+        row = released_row(0)
+        del row["hit"]
+        path = write_rows(tmp_path / "shown.parquet", [row])
+        metrics = self.evaluate(capsys, path, tmp_path / "out")
+        assert metrics["settings"]["candidates"] == "shown"
+        assert metrics["total"]["reranked"]["hit@1"]["mean"] == 1  # the relevant one is the last of those shown
+        assert '"candidates": "shown"' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_changed_source_does_not_go_on_with_the_journal(capsys, tmp_path):
+    """The paths are the same; what lies there is not."""
+    folder = write_mbeir(tmp_path / "mbeir", {1: "webqa"}, queries=2)
+
+    def retrieve(last):
+        hits = [(f"1:{q}", [Hit(f"1:{10**6 + c}", -c) for c in (0, 1, last)]) for q in range(2)]
+        write_run(tmp_path / "run.txt", hits)
+
+    with ScriptedTeacher(last_number_first) as server:
+        endpoint = ["--model", "m", "--base-url", server.url]
+        mbeir = ["--mbeir", folder, "--task", "webqa_task1", "--run", tmp_path / "run.txt", *endpoint]
+        released = ["--data", tmp_path / "rows.parquet", *endpoint]
+
+        def evaluate(*args, out):
+            return run(capsys, "evaluate", *args, "--out", tmp_path / out, "--mode", "top20")
+
+        asked = 3  # two queries of one, one of the other, a window each
+        for _ in range(2):  # the same again, though written anew: that goes on
+            retrieve(2)
+            write_rows(tmp_path / "rows.parquet", [released_row(0, hits=3)])
+            assert evaluate(*mbeir, out="mbeir")[0] == 0 and evaluate(*released, out="released")[0] == 0
+            assert len(server.requests) == asked
+        retrieve(3)
+        write_rows(tmp_path / "rows.parquet", [released_row(0, hits=4)])
+        for args, out, name in ((mbeir, "mbeir", "run"), (released, "released", "data")):
+            code, told, err = evaluate(*args, out=out)
+            assert (code, told) == (2, "")
+            assert re.search(
+                rf"begun with other settings: digests.{name} was \S+ bytes, \w+. and is now .* choose another", err
+            ), err
+        assert len(server.requests) == asked
 
 
 def test_mbeir(capsys, tmp_path):

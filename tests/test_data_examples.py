@@ -117,7 +117,10 @@ def test_a_numeric_id_and_missing_optional_fields():
         (released_row(num_candidates=None), "extra_info.num_candidates must be an integer, got None"),
         # Compacted columns: nobody can say which candidate the one text belongs to.
         (released_row(candidate_texts=["b"]), "candidate_texts has 1 entries for 3 candidates; write '' where absent"),
-        (released_row(candidate_images=["1.png", "3.png"]), "candidate_images has 2 entries for 3 candidates"),
+        (
+            {**released_row(candidate_images=["1.png", "3.png"]), "prompt": None},
+            "candidate_images has 2 entries for 3 candidates",
+        ),
         (released_row(num_candidates=4), "candidate_images has 3 entries for 4|candidate_texts has 3 entries for 4"),
         (released_row(ground_truth_position=0), "ground_truth_position must be a candidate's number, 1..3.*got 0"),
         (released_row(ground_truth_position=4), "ground_truth_position must be a candidate's number, 1..3.*got 4"),

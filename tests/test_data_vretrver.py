@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -92,17 +93,151 @@ class TestRows:
         row["extra_info"]["hit"] = row.pop("hit")
         assert len(read_row(row).hits) == 3
 
+    @pytest.mark.parametrize("place", ["hit", "extra_info.hit"])
     @pytest.mark.parametrize(
         ("hit", "reason"),
         [
-            (["3.png"], r"hit\[0\] must be a mapping, got '3.png'"),
-            ([{"candidate_images": "", "candidate_texts": ""}], r"hit\[0\]: an item needs text, an image, or both"),
-            ([{"candidate_images": 3, "candidate_texts": ""}], "the path of a picture must be a string"),
+            ("3.png", "hit[1] must be a mapping, got '3.png'"),
+            ({"candidate_images": "", "candidate_texts": ""}, "hit[1]: an item needs text, an image, or both"),
+            ({"candidate_images": 3}, "hit[1].candidate_images: the path of a picture must be a string, got int"),
+            ({"candidate_images": "/etc/hosts"}, "hit[1].candidate_images: the picture '/etc/hosts' lies outside of"),
+            ({"candidate_images": "a.mp4"}, "hit[1].candidate_images: '/nowhere/a.mp4' is a video"),
+            ({"candidate_texts": 3}, "hit[1].candidate_texts must be a string, got 3"),
         ],
     )
-    def test_bad_hits(self, hit, reason):
-        with pytest.raises(ValueError, match=reason):
-            read_row(evaluation_row() | {"hit": hit})
+    def test_bad_hits(self, hit, reason, place):
+        row, hits = evaluation_row(), [{"candidate_texts": "good"}, hit]
+        if place == "hit":
+            row["hit"] = hits
+        else:
+            del row["hit"]
+            row["extra_info"]["hit"] = hits
+        with pytest.raises(ValueError, match=f"^{re.escape(place.removesuffix('hit') + reason)}"):
+            read_row(row, "/nowhere")
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ({"query_image": 3}, "extra_info.query_image: the path of a picture must be a string, got int"),
+            ({"query_image": "/etc/hosts"}, "extra_info.query_image: the picture '/etc/hosts' lies outside of"),
+            ({"query_text": 3}, "extra_info.query_text must be a string, got 3"),
+            ({"query_text": ""}, "extra_info.query_text and query_image: query: an item needs text"),
+            (
+                {"candidate_images": ["1.png", "/etc/hosts", "3.png"]},
+                "extra_info.candidate_images[1]: the picture '/etc/hosts' lies outside of",
+            ),
+            (
+                {"candidate_images": ["1.png", 3, "3.png"]},
+                "extra_info.candidate_images[1]: the path of a picture must be a string, got int",
+            ),
+            (
+                {"candidate_images": ["1.png", "a.mp4", "3.png"]},
+                "extra_info.candidate_images[1]: '/nowhere/a.mp4' is a video",
+            ),
+            ({"candidate_images": "123"}, "extra_info.candidate_images must be a list, got '123'"),
+            ({"candidate_texts": ["a", 3, "c"]}, "extra_info.candidate_texts[1] must be a string, got 3"),
+            (
+                {"candidate_texts": ["a", "", "c"]},
+                "extra_info.candidate_texts[1] and extra_info.candidate_images[1]: candidate 2: an item needs text",
+            ),
+            ({"candidate_ids": ["a", 3, "c"]}, "extra_info.candidate_ids[1] must be a string, got 3"),
+            ({"candidate_ids": ["a"]}, "extra_info.candidate_ids has 1 entries for 3 candidates; write ''"),
+        ],
+    )
+    def test_a_mistake_is_told_with_its_field(self, change, reason):
+        with pytest.raises(ValueError, match=f"^{re.escape(reason)}"):
+            read_row(evaluation_row(**change) | {"images": None}, "/nowhere")
+
+    def test_a_stored_picture_that_is_none_is_told_with_its_place(self):
+        row = evaluation_row() | {"images": [{"image": "1.png"}, {"image": ["no", "picture"]}]}
+        with pytest.raises(ValueError, match=r"^images\[1\]: an item's image must be a path, bytes"):
+            read_row(row)
+
+
+def compacted(content: str | None, paths: list, texts: list, count: int, **info) -> dict:
+    """A row whose lists leave out what candidates do not have, and the prompt that shows whose their entries are."""
+    row = evaluation_row(candidate_images=paths, candidate_texts=texts, num_candidates=count, **info)
+    prompt = None if content is None else [{"role": "user", "content": content}]
+    return row | {"prompt": prompt, "images": [{"image": path} for path in paths if path]}
+
+
+class TestCompacted:
+    SHOWN = "Query: (1) <image>a cat? Candidates:(1) <image>(2) a cat(3) <image>a dog\n\nGuidelines: rank all."
+    PATHS, TEXTS = ["1.png", "3.png"], ["a cat", "a dog"]
+    PLACED = ((None, "1.png"), ("a cat", None), ("a dog", "3.png"))
+
+    @pytest.mark.parametrize("paths", [PATHS, ["1.png", "", "3.png"]])
+    @pytest.mark.parametrize("texts", [TEXTS, ["", "a cat", "a dog"]])
+    def test_entries_are_placed_by_the_prompts_marks(self, paths, texts):
+        row = read_row(compacted(self.SHOWN, paths, texts, 3))
+        assert [(item.text, item.image) for item in row.candidates] == list(self.PLACED)
+        assert row.positives == [2]
+        assert PromptTemplate(row.prompt, row.candidates).show(row.candidates) == row.prompt
+
+    def test_the_relevant_hit_is_that_of_the_placed_candidate(self):
+        hits = [{"candidate_images": "3.png", "candidate_texts": "a dog"}, {"candidate_images": "3.png"}]
+        assert read_row(compacted(self.SHOWN, self.PATHS, self.TEXTS, 3) | {"hit": hits}).hit_positives == [0]
+
+    def test_stored_pictures_go_with_their_entries(self):
+        row = compacted(self.SHOWN, self.PATHS, self.TEXTS, 3)
+        row["images"] = [{"image": {"bytes": png(color)}} for color in ("red", "green")]
+        assert [item.image for item in read_row(row).candidates] == [png("red"), None, png("green")]
+
+    def test_mistakes_name_the_entry_and_not_the_candidate(self):
+        with pytest.raises(ValueError, match=r"^extra_info.candidate_images\[1\]: the picture '/etc/hosts' lies"):
+            read_row(compacted(self.SHOWN, ["1.png", "/etc/hosts"], self.TEXTS, 3), "/nowhere")
+
+    @pytest.mark.parametrize(
+        ("content", "paths", "texts"),
+        [
+            (None, PATHS, TEXTS),  # nothing says whose they are
+            ("Candidates:(1) <image>(2) a cat\n\nGuidelines", PATHS, TEXTS),  # two candidates, and there are three
+            ("Candidates:(1) <image>(2) a cat(3) a dog\n", PATHS, TEXTS),  # a picture that no mark stands for
+            (SHOWN, PATHS, ["a cat"]),  # the third one's text is in no list
+            (SHOWN, PATHS, ["a dog", "a cat"]),  # in another order than the prompt
+            (SHOWN, ["1.png", ""], TEXTS),  # short, and blank where nobody knows of whom
+        ],
+    )
+    def test_whose_nobody_can_say_is_refused(self, content, paths, texts):
+        with pytest.raises(ValueError, match=r"extra_info.candidate_\w+ has \d entries for 3 candidates; write ''"):
+            read_row(compacted(content, paths, texts, 3))
+
+    def test_two_ways_to_read_it_are_refused(self):
+        """Either candidate may have the picture, for the other's text may be the same words as the mark."""
+        shown = "Candidates:(1) <image>(2) <image>\n\nGuidelines"
+        with pytest.raises(ValueError, match="candidate_texts has 1 entries for 2 candidates"):
+            read_row(compacted(shown, ["1.png"], ["<image>"], 2, ground_truth_position=1))
+
+    def test_no_texts_make_it_slow(self):
+        """40 candidates with a mark or a text each have 2 ** 40 ways, and none of them ends well."""
+        shown = "".join(f"({number}) <image>" for number in range(1, 41)) + "(41) <image> and more"
+        row = compacted(shown, ["1.png"] * 20, ["<image>"] * 21, 41)
+        with pytest.raises(ValueError, match="candidate_texts has 21 entries for 41 candidates"):
+            read_row(row)
+
+    parts = st.sampled_from(["a", "(2) b", "<image>", "a(3)", "<image>a"])
+    words = st.lists(parts, min_size=1, max_size=2).map("".join)
+    shown = st.lists(
+        st.tuples(st.booleans(), st.none() | words).filter(lambda pair: pair[0] or pair[1]), min_size=1, max_size=5
+    )
+
+    @given(shown)
+    def test_no_entry_goes_to_another_candidate(self, shown):
+        """Placed as it was, or refused."""
+        pictures = [f"{number}.png" if has else None for number, (has, _) in enumerate(shown)]
+        listed = "".join(f"({n}) {'<image>' if has else ''}{text or ''}" for n, (has, text) in enumerate(shown, 1))
+        paths, texts = [path for path in pictures if path], [text for _, text in shown if text]
+        row = compacted(f"{listed}\n\nGuidelines", paths, texts, len(shown), ground_truth_position=1)
+        if not paths or not texts:  # an empty list says that none has any
+            return
+        try:
+            read = read_row(row)
+        except ValueError as error:
+            assert f"entries for {len(shown)} candidates" in str(error)
+        else:
+            assert [(item.image, item.text) for item in read.candidates] == [
+                (path, text) for path, (_, text) in zip(pictures, shown, strict=True)
+            ]
 
 
 class TestStreaming:
@@ -140,7 +275,8 @@ class TestStreaming:
         folder.mkdir()
         rows = [evaluation_row(), evaluation_row(candidate_images=[str(tmp_path / "secret.png"), "", "3.png"])]
         datasets.Dataset.from_list(rows).to_parquet(folder / "rows.parquet")
-        reason = "rows.parquet, row 1: the picture '.*/secret.png' lies outside of image_root"
+        field = r"extra_info.candidate_images\[0\]"
+        reason = f"rows.parquet, row 1: {field}: the picture '.*/secret.png' lies outside of image_root"
         with pytest.raises(ValueError, match=reason):
             list(stream_rows(folder / "rows.parquet"))
         examples = load_examples(folder / "rows.parquet")
@@ -151,7 +287,8 @@ class TestStreaming:
     def test_rows_of_the_hub_name_no_files(self, monkeypatch, tmp_path):
         hosted = datasets.Dataset.from_list([evaluation_row()])
         monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming=False: hosted)
-        reason = "someone/rows, row 0: the picture '1.png' is a file: give image_root"
+        field = r"extra_info.candidate_images\[0\]"
+        reason = f"someone/rows, row 0: {field}: the picture '1.png' is a file: give image_root"
         with pytest.raises(ValueError, match=reason):
             load_examples("someone/rows")[0]
         with pytest.raises(ValueError, match=reason):
@@ -178,6 +315,15 @@ class TestImageRoot:
         for place in (root, root / "more.zip"):
             assert ImageRoot(place).find("cirr/2.png") == png("green")
             assert ImageRoot(place).find("cirr/3.png") == png("blue")  # the archive was made of a folder of its name
+
+    @pytest.mark.parametrize("path", ["cirr/4.png", "deep/down/cirr/4.png", "/home/someone/deep/down/cirr/4.png"])
+    def test_an_archive_further_down(self, root, path):
+        """Named from where the archive lies, or from the root."""
+        (root / "deep" / "down").mkdir(parents=True)
+        with zipfile.ZipFile(root / "deep" / "down" / "cirr.zip", "w") as archive:
+            archive.writestr("cirr/4.png", png("blue"))
+        assert ImageRoot(root).find(path) == png("blue")
+        assert ImageRoot(root).find("deep/cirr/4.png") == str(root / "deep/cirr/4.png")  # the archive lies elsewhere
 
     def test_the_paths_of_another_machine(self, root):
         assert ImageRoot(root).find("/home/someone/data/sets/cirr/1.png") == str(root / "sets/cirr/1.png")

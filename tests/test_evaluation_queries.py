@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datasets
 import pytest
 from evaluation_files import released_row, write_rows
 from mbeir_files import write_mbeir
@@ -30,6 +31,61 @@ class TestReleased:
         assert len(query.candidates) == 20 and query.relevant == {"19": 1}
         (message,) = query.prompt(range(20))
         assert message["content"] == row["prompt"][0]["content"].replace("<image>", "< image>")  # no picture is meant
+
+    @pytest.mark.parametrize("absent", [None, [], "column"])
+    @pytest.mark.parametrize("inside", [False, True])
+    def test_what_is_ranked_is_recorded(self, tmp_path, absent, inside):
+        """Figures over the candidates that a row shows are not those over coarse results."""
+
+        def row(number, has_hits):
+            row = released_row(number)
+            hits = row.pop("hit")
+            if has_hits or absent != "column":
+                (row["extra_info"] if inside else row)["hit"] = hits if has_hits else absent
+            return row
+
+        def ranked(name, *have, **options):
+            (tmp_path / name).mkdir()
+            queries = self.open(tmp_path / name, [row(n, has) for n, has in enumerate(have)], **options)
+            lengths = [len(query.candidates) for query in queries]
+            return queries.facts["candidates"], lengths
+
+        assert ranked("all", True, True) == ("hits", [50, 50])
+        assert ranked("none", False, False) == ("shown", [20, 20])
+        assert ranked("off", True, True, coarse=False) == ("shown", [20, 20])
+        if absent != "column":
+            assert ranked("some", True, False) == ("hits, and shown in 1 of 2 rows", [50, 20])
+
+    def test_a_compacted_row_is_ranked_by_its_hits(self, tmp_path):
+        row = released_row(0, hits=3)
+        shown = "Query: q Candidates:(1) <image>(2) a text(3) <image>b\n\nGuidelines: rank."
+        row["prompt"] = [{"role": "user", "content": shown}]
+        lists = {"candidate_images": ["1.png", "3.png"], "candidate_texts": ["a text", "b"]}
+        row["extra_info"] |= {**lists, "num_candidates": 3, "ground_truth_position": 3}
+        row["images"] = [{"image": path} for path in lists["candidate_images"]]
+        row["hit"].append({"candidate_images": "3.png", "candidate_texts": "b"})
+        (query,) = self.open(tmp_path, [row])
+        assert query.relevant == {"3": 1}
+        content = query.prompt([3, 0])[0]["content"]
+        assert content.startswith("Query: q Candidates:(1) <image>b(2) Candidates:") and "\n\nGuidelines" in content
+
+    def test_other_rows_in_the_same_place_have_another_digest(self, tmp_path):
+        digests = []
+        for source in ("one", "one", "two"):
+            digests.append(self.open(tmp_path, [released_row(0, source=source)]).facts["digests"]["data"])
+        assert digests[0] == digests[1] != digests[2]
+        (tmp_path / "data").mkdir()
+        whole = []
+        for name, row in (("test-1", 1), ("test-2", 2), ("test-2", 3)):
+            write_rows(tmp_path / "data" / f"{name}.parquet", [released_row(row)])
+            whole.append(ReleasedSet.open(str(tmp_path / "data")).facts["digests"]["data"])
+        assert len(set(whole)) == 3
+
+    def test_a_data_set_of_the_hub_goes_by_its_fingerprint(self, tmp_path, monkeypatch):
+        hosted = [datasets.Dataset.from_list([released_row(n)]) for n in (0, 0, 1)]
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, split: hosted.pop())
+        digests = [ReleasedSet.open("someone/rows").facts["digests"]["data"] for _ in range(3)]
+        assert digests[0] != digests[1] == digests[2]
 
     def test_a_prompt_is_replayed_as_it_is(self, tmp_path):
         row = released_row(0)
@@ -92,15 +148,40 @@ class TestMBEIR:
         assert queries[0].relevant == {"7:1000000": 1, "7:1000029": 1}  # the second was not retrieved
         assert queries[0].query.text == "Find it. query 0" and queries[0].query.image is not None
         assert queries[1].candidates == []
-        assert queries.facts == {"task": "cirr_task7", "pool": "local", "instruction": "first"}
+        digests = queries.facts["digests"]
+        assert set(digests) == {"queries", "pool", "instructions", "qrels", "run"} and len(set(digests.values())) == 5
+        assert queries.facts == {"task": "cirr_task7", "pool": "local", "instruction": "first", "digests": digests}
 
     def test_instructions_and_the_global_pool(self, folder, run):
         queries = MBEIRSet.open(folder, "cirr_task7", run, instruction="none", union=True, limit=1)
         assert queries[0].query.text == "query 0" and len(queries) == 1
-        assert queries.facts == {"task": "cirr_task7", "pool": "global", "instruction": "none"}
+        digests = queries.facts["digests"]
+        assert queries.facts == {"task": "cirr_task7", "pool": "global", "instruction": "none", "digests": digests}
         assert MBEIRSet.open(folder, "cirr_task7", run, instruction="3").facts["instruction"] == "seed 3"
         with pytest.raises(ValueError, match="unknown instruction 'any'"):
             MBEIRSet.open(folder, "cirr_task7", run, instruction="any")
+
+    @pytest.mark.parametrize(
+        ("name", "file"),
+        [
+            ("queries", "mbeir/query/test/mbeir_cirr_task7_test.jsonl"),
+            ("pool", "mbeir/cand_pool/local/mbeir_cirr_task7_cand_pool.jsonl"),
+            ("instructions", "mbeir/instructions/query_instructions.tsv"),
+            ("qrels", "mbeir/qrels/test/mbeir_cirr_task7_test_qrels.txt"),
+            ("run", "run.txt"),
+        ],
+    )
+    def test_a_changed_file_changes_its_digest_alone(self, folder, run, tmp_path, name, file):
+        before = MBEIRSet.open(folder, "cirr_task7", run).facts["digests"]
+        with open(tmp_path / file, "a") as opened:
+            opened.write("\n")
+        after = MBEIRSet.open(folder, "cirr_task7", run).facts["digests"]
+        assert [key for key in before if before[key] != after[key]] == [name]
+
+    def test_a_copy_without_instructions(self, folder, run):
+        (folder / "instructions" / "query_instructions.tsv").unlink()
+        queries = MBEIRSet.open(folder, "cirr_task7", run, instruction="none")
+        assert "instructions" not in queries.facts["digests"] and queries[0].query.text == "query 0"
 
     def test_a_run_of_other_things(self, folder):
         with pytest.raises(ValueError, match="the run has none of the 4 queries of cirr_task7"):

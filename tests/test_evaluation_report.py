@@ -55,6 +55,8 @@ def test_one_evaluation(tmp_path):
     assert "| q9 | broken \\| picture |" in text
     assert any("a mean over those is over 1 fewer." in line for line in text)
     assert any(line.startswith("| all queries | 4.00 | 1.50 | 90.0% | 0.10 |") for line in text)
+    assert any(line.endswith("| tokens | written | seconds (latency) |") for line in text)
+    assert any("Seconds are the latency of a query: the sum of its turns' times" in line for line in text)
     latex = (tmp_path / "tables.tex").read_text()
     assert r"CIRR (i,t) $\to$ i & hit@5 & 4 & 75.0 [65.0, 85.0]" in latex and latex.count(r"\begin{table}") == 3
     for name in ("metrics.svg", "ranks.svg"):

@@ -83,6 +83,13 @@ class TestEmbed:
         with pytest.raises(JournalError, match="count was 3 and is now 4"):
             embed(tmp_path, Numbers(), numbers, 4, "query")
 
+    def test_other_settings_are_refused(self, tmp_path):
+        embed(tmp_path, Numbers(), numbers, 3, "query", settings={"task": "a", "digests": {"pool": "1"}})
+        again = embed(tmp_path, Numbers(), numbers, 3, "query", settings={"digests": {"pool": "1"}, "task": "a"})
+        assert len(again) == 3
+        with pytest.raises(JournalError, match='digests.pool was "1" and is now "2"; task was "a" and is now "b"'):
+            embed(tmp_path, Numbers(), numbers, 3, "query", settings={"task": "b", "digests": {"pool": "2"}})
+
     def test_nothing(self, tmp_path):
         assert len(embed(tmp_path, Numbers(), numbers, 0, "query")) == 0
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import uuid
@@ -233,6 +234,27 @@ def finished_entries(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Any]
                 yield entry["key"], entry["value"]
 
 
+def file_digest(*paths: str | os.PathLike[str]) -> str:
+    """
+    Tells files from others that stood in the same place before: what a journal's settings say of a job's source.
+
+    All bytes are read, for a run or a pool may differ in a single line.
+
+    Args:
+        paths (`str` or `os.PathLike`):
+            The files, in their order.
+
+    Returns:
+        `str`: their size together and a hash.
+    """
+    digest, size = hashlib.sha256(), 0
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+            size += file.tell()
+    return f"{size} bytes, {digest.hexdigest()[:16]}"
+
+
 def _partial_state() -> Any:
     try:
         from accelerate import PartialState
@@ -311,4 +333,4 @@ def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             offset += len(line)
 
 
-__all__ = ["Journal", "JournalError", "Shard", "current_shard", "finished_entries"]
+__all__ = ["Journal", "JournalError", "Shard", "current_shard", "file_digest", "finished_entries"]

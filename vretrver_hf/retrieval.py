@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -182,6 +182,7 @@ def embed(
     shard: Shard | None = None,
     chunk: int = CHUNK,
     on_chunk: Callable[[int], None] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Vectors | None:
     """
     Embeds items into files, chunk by chunk; chunks that are there already are left out, so a killed job goes on.
@@ -203,18 +204,20 @@ def embed(
             Items of a file.
         on_chunk (`Callable[[int], None]`, *optional*):
             Called with the number of items of each chunk as it is done.
+        settings (mapping, *optional*):
+            What else the vectors depend on, ready for JSON: the files that the items come from, the model's weights, …
 
     Returns:
         `Vectors`: all of them, or `None` where other processes are not ready yet.
 
     Raises:
-        `JournalError`: if the folder was begun with another embedder, number of items or chunks.
+        `JournalError`: if the folder was begun with another embedder, number of items or chunks, or other settings.
     """
     import numpy as np
 
     folder, shard = Path(folder), shard or Shard()
     starts = range(0, count, chunk)
-    settings = {"embedder": embedder.name, "side": side, "count": count, "chunk": chunk}
+    settings = {**(settings or {}), "embedder": embedder.name, "side": side, "count": count, "chunk": chunk}
     with Journal(folder / "journal", settings, shard.index) as journal:
         for number in shard.rows(len(starts)):
             start, path = starts[number], _chunk_path(folder, starts[number])

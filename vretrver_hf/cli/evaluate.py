@@ -68,7 +68,7 @@ def evaluate(
     base_url: BaseUrlOption = None,
     mode: Annotated[
         Literal["sliding", "top20"],
-        typer.Option(help="sliding: windows over the first --depth results; top20: one window over the first 20."),
+        typer.Option(help="sliding: windows over the first --depth results; top20: one over the first 20 of them."),
     ] = "sliding",
     depth: Annotated[int, typer.Option(min=1, help="Coarse results to rerank; the others keep their order.")] = 50,
     window: Annotated[
@@ -99,10 +99,13 @@ def evaluate(
     Evaluate a model on a benchmark: rerank the coarse results, and measure before and after.
 
     Reads the released evaluation files (--data) or M-BEIR with a coarse run (--mbeir, --task, --run). Every query
-    walks through its windows on its own, and windows of many queries share the model's batch.
+    walks through its windows on its own, and windows of many queries share the model's batch. Of released rows the
+    coarse results are ranked; where a row brings none, the candidates that it shows, which always hold a relevant one
+    (settings: "candidates").
 
-    Run the same command again after an interruption and it goes on: finished queries are in FOLDER/journal. Queries
-    that failed (a broken picture) count 0, are listed in FOLDER/README.md, and tried again by the next run.
+    Run the same command again after an interruption and it goes on: finished queries are in FOLDER/journal. Over
+    other data, another run or with other settings it is refused. Queries that failed (a broken picture) count 0, are
+    listed in FOLDER/README.md, and tried again by the next run.
 
     Several GPUs or machines: `accelerate launch --multi_gpu -m vretrver_hf.evaluation …`; each process takes its share
     of the queries, and the result is the same.
@@ -117,7 +120,7 @@ def evaluate(
     check_folder(out, "--out")
     if mode == "top20":
         depth, window, stride = min(depth, TOP20), TOP20, TOP20
-    queries = _open(data, mbeir, task, run, pool, instruction, split, image_root, limit, coarse=mode == "sliding")
+    queries = _open(data, mbeir, task, run, pool, instruction, split, image_root, limit)
 
     from ..evaluation.report import write_report
     from ..evaluation.results import SCORES, Scores, write_results
@@ -174,7 +177,6 @@ def _open(
     split: str,
     image_root: Path | None,
     limit: int | None,
-    coarse: bool,
 ) -> EvaluationSet:
     quiet_datasets()
     import datasets
@@ -183,7 +185,7 @@ def _open(
 
     try:
         if data is not None:
-            queries: EvaluationSet = ReleasedSet.open(data, split, image_root, limit, coarse)
+            queries: EvaluationSet = ReleasedSet.open(data, split, image_root, limit)
         else:
             assert mbeir is not None and task is not None and run is not None
             queries = MBEIRSet.open(mbeir, task, run, instruction, pool == "global", image_root, limit)

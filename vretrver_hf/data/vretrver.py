@@ -7,6 +7,7 @@ results in order, and `prompt`, which exact evaluation replays.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 import zipfile
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from ..images import DEFAULT_LIMITS, ItemError
 from ..items import Item
+from ..journal import file_digest
 from ..protocol import IMAGE_MARK
 
 
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, str]]
 """`[{"role": …, "content": text with <image> marks}]`."""
+
+_Entry = tuple[str, Any]
+"""What a value is called in error messages, and the value."""
+
+_SPACE = re.compile(r"\s*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +76,10 @@ def read_row(row: Mapping[str, Any], image_root: str | os.PathLike[str] | ImageR
     `num_candidates`. `images` lists the pictures, the query's first; bytes in there win over the paths. `hit` is a
     list of `{"candidate_images": path, "candidate_texts": text}`.
 
+    The released preparation script leaves out what a candidate does not have, so that `candidate_texts` and
+    `candidate_images` may be shorter than `num_candidates`. Whose the entries are is then read from the prompt, which
+    shows every candidate as `(n) <image>text`; where it does not say, the row is refused.
+
     Args:
         row (mapping):
             The row.
@@ -84,25 +95,27 @@ def read_row(row: Mapping[str, Any], image_root: str | os.PathLike[str] | ImageR
     if not isinstance(query_id, (str, int)) or query_id == "":
         raise ValueError(f"extra_info.qid must be a string, got {query_id!r}")
     count = _field(info, "num_candidates", int, "extra_info.")
-    texts = [info.get("query_text"), *_column(info, "candidate_texts", count)]
-    paths = [info.get("query_image"), *_column(info, "candidate_images", count)]
-    ids = [None, *_column(info, "candidate_ids", count)]
-    images = _images(row.get("images"), paths, root)
-    items = []
-    for number, (text, image, item_id) in enumerate(zip(texts, images, ids, strict=True)):
-        name = f"candidate {number}" if number else "query"
-        items.append(Item.coerce({"text": text, "image": image, "id": item_id or None}, name=name))
+    prompt = _prompt(row.get("prompt"))
+    texts, paths = _texts_and_paths(info, count, prompt)
+    ids = _column(info, "candidate_ids", count)
+    images = _images(row.get("images"), [("extra_info.query_image", info.get("query_image")), *paths], root)
+    query_text = "extra_info.query_text", info.get("query_text")
+    query = _item("extra_info.query_text and query_image: query", query_text, images[0])
+    candidates = []
+    for place, (text, image, item_id) in enumerate(zip(texts, images[1:], ids, strict=True)):
+        name = f"{text[0]} and {paths[place][0]}: candidate {place + 1}"
+        candidates.append(_item(name, text, image, (f"extra_info.candidate_ids[{place}]", item_id)))
     positives = _positives(info.get("ground_truth_position"), count)
-    hits = _hits(row["hit"] if "hit" in row else info.get("hit"))
-    relevant = {_identity(paths[index + 1], texts[index + 1]) for index in positives}
+    hits = _hits("hit", row["hit"]) if "hit" in row else _hits("extra_info.hit", info.get("hit"))
+    relevant = {_identity(paths[index], texts[index]) for index in positives}
     return ReleasedRow(
         query_id=str(query_id),
-        query=items[0],
-        candidates=items[1:],
+        query=query,
+        candidates=candidates,
         positives=positives,
         data_source=row.get("data_source") or "",
-        prompt=_prompt(row.get("prompt")),
-        hits=None if hits is None else [_hit_item(hit, number, root) for number, hit in enumerate(hits)],
+        prompt=prompt,
+        hits=None if hits is None else [_hit_item(*hit, root) for hit in hits],
         hit_positives=[index for index, hit in enumerate(hits or ()) if _identity(*hit) in relevant],
     )
 
@@ -163,10 +176,25 @@ class ReleasedRows(Sequence[ReleasedRow]):
             return [""] * len(self)
         return [source or "" for source in self._dataset.select_columns(["data_source"])[:]["data_source"].to_pylist()]
 
+    @property
+    def have_hits(self) -> list[bool]:
+        """Whether each row has coarse results, told without reading them."""
+        import pyarrow.compute
+
+        name = "hit" if "hit" in self._dataset.column_names else "extra_info"
+        column = self._dataset.select_columns([name])[:][name]
+        if name == "extra_info":
+            if column.type.get_field_index("hit") < 0:
+                return [False] * len(self)
+            column = pyarrow.compute.struct_field(column, "hit")
+        if not pyarrow.types.is_list(column.type) and not pyarrow.types.is_large_list(column.type):
+            return column.is_valid().to_pylist()  # whoever reads such a row says what is wrong with it
+        return [bool(length) for length in pyarrow.compute.list_value_length(column).to_pylist()]
+
 
 class ImageRoot:
     """
-    Finds the pictures that rows name by path: in a folder, or in zip archives that lie in it or are it.
+    Finds the pictures that rows name by path: in a folder, or in zip archives that lie anywhere below it or are it.
 
     Released files name pictures relative to a folder that is elsewhere on every machine, or absolutely, as on the
     machine that wrote them: an absolute path is looked for by its longest tail under the root. Whoever wrote a row
@@ -183,7 +211,7 @@ class ImageRoot:
 
     def __init__(self, root: str | os.PathLike[str] | None = None):
         self._folder = None if root is None else Path(root)
-        self._archives: list[zipfile.ZipFile] = []
+        self._archives: list[tuple[str, zipfile.ZipFile]] = []
         self._opened_by: int | None = None
         if self._folder is not None and self._folder.is_file() and not zipfile.is_zipfile(self._folder):
             raise ValueError(f"image_root {self._folder} is neither a folder nor a zip archive")
@@ -222,19 +250,28 @@ class ImageRoot:
         assert self._folder is not None
         if (self._folder / tail).is_file():
             return os.path.join(self._folder, tail)
-        for archive in self._open_archives():
-            names = [
-                name for name in (tail, f"{Path(archive.filename or '').stem}/{tail}") if name in archive.NameToInfo
-            ]
-            if names:
-                return _member(archive, names[0])
+        for place, archive in self._open_archives():
+            # A path may start where the archive lies, and the archive may have been made of a folder of its name.
+            starts = [tail, tail[len(place) :]] if place and tail.startswith(place) else [tail]
+            names = [name for start in starts for name in (start, f"{Path(archive.filename or '').stem}/{start}")]
+            found = next((name for name in names if name in archive.NameToInfo), None)
+            if found is not None:
+                return _member(archive, found)
         return None
 
-    def _open_archives(self) -> list[zipfile.ZipFile]:
+    def _open_archives(self) -> list[tuple[str, zipfile.ZipFile]]:
+        """The archives, each with the folder below the root that it lies in."""
         if self._opened_by != os.getpid():  # a forked worker would share the place at which the file is read
             assert self._folder is not None
-            paths = sorted(self._folder.glob("*.zip")) if self._folder.is_dir() else [self._folder]
-            self._archives = [zipfile.ZipFile(path) for path in paths if zipfile.is_zipfile(path)]
+            folder = self._folder if self._folder.is_dir() else self._folder.parent
+            # The walk through all folders is made once, and only where a picture does not lie there as a file.
+            paths = sorted(folder.rglob("*.zip")) if folder is self._folder else [self._folder]
+            places = [path.parent.relative_to(folder).as_posix() for path in paths]
+            self._archives = [
+                ("" if place == "." else f"{place}/", zipfile.ZipFile(path))
+                for place, path in zip(places, paths, strict=True)
+                if zipfile.is_zipfile(path)
+            ]
             self._opened_by = os.getpid()
         return self._archives
 
@@ -341,6 +378,22 @@ def open_dataset(source: str | os.PathLike[str], split: str) -> tuple[datasets.D
     return load_dataset(kind, **files, split=split if "data_dir" in files else "train"), root
 
 
+def dataset_digest(source: str | os.PathLike[str], dataset: datasets.Dataset) -> str:
+    """
+    Tells what [`open_dataset`] opened from what has the same name at another time.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            A file, a folder of parquet files, or a data set on the hub.
+        dataset (`datasets.Dataset`):
+            What was opened. The library's fingerprint of it stands for a data set on the hub, and holds its revision.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return file_digest(*sorted(path.rglob("*.parquet")))
+    return file_digest(path) if path.is_file() else dataset._fingerprint
+
+
 def stream_rows(
     source: str | os.PathLike[str], split: str = "test", image_root: str | os.PathLike[str] | ImageRoot | None = None
 ) -> Iterator[ReleasedRow]:
@@ -399,31 +452,140 @@ def _field(row: Mapping[str, Any], name: str, kind: type, prefix: str = "") -> A
     return value
 
 
+def _listed(info: Mapping[str, Any], name: str, count: int) -> list[Any]:
+    """The values as they are listed, and `None` for each candidate where there are none."""
+    values = info.get(name)
+    if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
+        if values is not None:
+            raise ValueError(f"extra_info.{name} must be a list, got {values!r:.80}")
+        values = []
+    return list(values) if len(values) else [None] * count
+
+
 def _column(info: Mapping[str, Any], name: str, count: int) -> list[Any]:
     """One value a candidate. Shorter lists are refused: nobody could say whose values are missing."""
-    values = info.get(name)
-    if values is None or len(values) == 0:
-        return [None] * count
+    values = _listed(info, name, count)
     if len(values) != count:
         raise ValueError(f"extra_info.{name} has {len(values)} entries for {count} candidates; write '' where absent")
-    return list(values)
+    return values
 
 
-def _images(listed: Any, paths: list[Any], root: ImageRoot) -> list[Any]:
+def _texts_and_paths(
+    info: Mapping[str, Any], count: int, prompt: Messages | None
+) -> tuple[list[_Entry], list[_Entry]]:
+    """Text and path of each candidate."""
+    texts, paths = (_listed(info, name, count) for name in ("candidate_texts", "candidate_images"))
+    places: list[_Place] | None = [(place, place) for place in range(count)]
+    if len(texts) < count or len(paths) < count:
+        places = _places(prompt or [], paths, texts, count)
+    if places is None or max(len(texts), len(paths)) > count:
+        for name in ("candidate_texts", "candidate_images"):
+            _column(info, name, count)  # says which is the short one
+    assert places is not None
+
+    def entries(name: str, values: list[Any], indices: Sequence[int | None]) -> list[_Entry]:
+        field = f"extra_info.{name}"
+        return [(field, None) if index is None else (f"{field}[{index}]", values[index]) for index in indices]
+
+    return (
+        entries("candidate_texts", texts, [text for _, text in places]),
+        entries("candidate_images", paths, [path for path, _ in places]),
+    )
+
+
+_Place = tuple[int | None, int | None]
+"""Indices of a candidate's picture and text in lists that may leave out what candidates do not have."""
+
+
+def _places(prompt: Messages, paths: list[Any], texts: list[Any], count: int) -> list[_Place] | None:
+    """Whose each entry is, as the prompt shows the candidates; `None` where it does not say, or is ambiguous."""
+    for message in prompt:
+        starts = [match.start() for match in re.finditer(r"\(1\)", message["content"])]
+        for start in reversed(starts):  # the query comes before the candidates and may hold such a number too
+            ways = _ways(message["content"], start, paths, texts, count)
+            if ways:
+                return list(ways[0]) if len(ways) == 1 else None
+    return None
+
+
+def _ways(content: str, start: int, paths: list[Any], texts: list[Any], count: int) -> list[tuple[_Place, ...]]:
+    """
+    The ways, two at most, in which `(1) <image>text(2) …` from `start` on uses up all pictures and texts in order.
+
+    The texts are known, so nothing that one says can be taken for a number or a picture. What is kept after each
+    candidate is where it may end and how much is used up, so that no text makes this slow.
+    """
+    states: dict[tuple[int, int, int], list[tuple[_Place, ...]]] = {(start, 0, 0): [()]}
+    for number in range(1, count + 1):
+        reached: dict[tuple[int, int, int], list[tuple[_Place, ...]]] = {}
+        for (at, used_paths, used_texts), ways in states.items():
+            choices = _choices(paths, used_paths, number - 1, count), _choices(texts, used_texts, number - 1, count)
+            for path, text in itertools.product(*choices):
+                mark = IMAGE_MARK if path is not None and paths[path] else ""
+                words = str(texts[text]).strip() if text is not None and texts[text] else ""
+                end = _end(content, at, [f"({number})", mark, words]) if mark or words else None
+                if end is not None:
+                    key = (end, used_paths if path is None else path + 1, used_texts if text is None else text + 1)
+                    known = reached.setdefault(key, [])
+                    known += [(*way, (path, text)) for way in ways[: 2 - len(known)]]
+        states = reached
+    used_up = [
+        ways for (at, *used), ways in states.items() if used == [len(paths), len(texts)] and _is_end(content, at)
+    ]
+    return list(itertools.chain(*used_up))[:2]
+
+
+def _choices(values: list[Any], used: int, place: int, count: int) -> list[int | None]:
+    """Indices that the candidate at `place` may have: its own in a whole list, the next or none in a short one."""
+    return [place] if len(values) == count else [*range(used, min(used + 1, len(values))), None]
+
+
+def _end(content: str, at: int, parts: list[str]) -> int | None:
+    """Where these parts end, one after the other from `at` on; `None` where something else stands there."""
+    for part in parts:
+        if not content.startswith(part, at):
+            return None
+        at = _SPACE.match(content, at + len(part)).end()  # type: ignore[union-attr]  # it matches anything
+    return at
+
+
+def _is_end(content: str, at: int) -> bool:
+    """Whether the candidates end here, rather than with a text that is in no list."""
+    gap = content[len(content[:at].rstrip()) : at]
+    return at == len(content) or "\n" in gap or content.startswith("Guidelines", at)
+
+
+def _item(name: str, text: _Entry, image: _Entry, item_id: _Entry = ("", None)) -> Item:
+    """The item, with each mistake under the field that it is in, or under `name` where there is nothing."""
+    for field, value in (text, item_id):
+        if value is not None and not isinstance(value, str):
+            raise ItemError(f"{field} must be a string, got {value!r:.80}")
+    values = {"text": text[1], "image": image[1], "id": item_id[1] or None}
+    return Item.coerce(values, name=name if image[1] is None else image[0])
+
+
+def _found(root: ImageRoot, path: _Entry) -> _Entry:
+    """The picture in place of its path."""
+    field, value = path
+    try:
+        return field, root.find(value) if value else None
+    except ValueError as error:
+        raise ItemError(f"{field}: {error}") from error
+
+
+def _images(listed: Any, paths: list[_Entry], root: ImageRoot) -> list[_Entry]:
     """The picture of the query and of each candidate, `None` where there is none."""
-    present = [number for number, path in enumerate(paths) if path]
-    sources = [None] * len(paths)
-    embedded: list[Any] = [None] * len(present)
+    present = [number for number, (_, path) in enumerate(paths) if path]
+    embedded: dict[int, _Entry] = {}
     if listed is not None and len(listed) > 0:
         if len(listed) != len(present):
             raise ValueError(
                 f"images has {len(listed)} entries but extra_info names {len(present)} pictures "
                 "(query_image and candidate_images)"
             )
-        embedded = [_embedded(entry) for entry in listed]
-    for number, stored in zip(present, embedded, strict=True):
-        sources[number] = stored or root.find(paths[number])
-    return sources
+        entries = [(f"images[{place}]", _embedded(entry)) for place, entry in enumerate(listed)]
+        embedded = {number: entry for number, entry in zip(present, entries, strict=True) if entry[1]}
+    return [embedded.get(number) or _found(root, path) for number, path in enumerate(paths)]
 
 
 def _embedded(entry: Any) -> Any:
@@ -456,21 +618,24 @@ def _prompt(value: Any) -> Messages | None:
     return messages
 
 
-def _hits(value: Any) -> list[tuple[Any, Any]] | None:
+def _hits(field: str, value: Any) -> list[tuple[_Entry, _Entry]] | None:
     """Path and text of each coarse result."""
     if value is None or len(value) == 0:
         return None
     for number, hit in enumerate(value):
         if not isinstance(hit, Mapping):
-            raise ValueError(f"hit[{number}] must be a mapping, got {hit!r:.80}")
-    return [(hit.get("candidate_images"), hit.get("candidate_texts")) for hit in value]
+            raise ValueError(f"{field}[{number}] must be a mapping, got {hit!r:.80}")
+    path, text = "candidate_images", "candidate_texts"
+    return [
+        ((f"{field}[{number}].{path}", hit.get(path)), (f"{field}[{number}].{text}", hit.get(text)))
+        for number, hit in enumerate(value)
+    ]
 
 
-def _hit_item(hit: tuple[Any, Any], number: int, root: ImageRoot) -> Item:
-    path, text = hit
-    return Item.coerce({"text": text, "image": root.find(path) if path else None}, name=f"hit[{number}]")
+def _hit_item(path: _Entry, text: _Entry, root: ImageRoot) -> Item:
+    return _item(path[0].rpartition(".")[0], text, _found(root, path))
 
 
-def _identity(path: Any, text: Any) -> tuple[str, str]:
+def _identity(path: _Entry, text: _Entry) -> tuple[str, str]:
     """What makes a candidate the same as another: the released rows give them no ids."""
-    return str(path or "").strip(), str(text or "").strip()
+    return str(path[1] or "").strip(), str(text[1] or "").strip()

@@ -31,7 +31,8 @@ class Window:
         tokens (`int`), sampled (`int`):
             Tokens read and written, and those written.
         seconds (`float`):
-            Sum of the turns' times.
+            Sum of its turns' times. Windows of other queries share the batch meanwhile, so this is a latency: with
+            several under way, the sum over all windows is more than the wall clock.
     """
 
     status: str

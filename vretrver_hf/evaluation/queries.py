@@ -10,8 +10,17 @@ from pathlib import Path
 
 from ..data.mbeir import MBEIR, Instructions
 from ..data.trec import Hit, RunFile
-from ..data.vretrver import ImageRoot, Messages, PromptTemplate, ReleasedRow, ReleasedRows, open_dataset
+from ..data.vretrver import (
+    ImageRoot,
+    Messages,
+    PromptTemplate,
+    ReleasedRow,
+    ReleasedRows,
+    dataset_digest,
+    open_dataset,
+)
 from ..items import Item
+from ..journal import file_digest
 from ..protocol import IMAGE_MARK
 from .benchmarks import find_benchmark
 
@@ -77,7 +86,8 @@ class ReleasedSet(EvaluationSet):
             The rows.
         coarse (`bool`, *optional*, defaults to `True`):
             Whether the coarse results (`hit`) are ranked where a row has them; otherwise the candidates that its
-            prompt shows.
+            prompt shows. Those always hold a relevant one, so figures over them are higher and stand for another
+            question; `facts["candidates"]` says over which a set is.
 
     Raises:
         `ValueError`: if two rows have the same query id.
@@ -88,7 +98,7 @@ class ReleasedSet(EvaluationSet):
         self.keys, sources = rows.query_ids, rows.data_sources
         self.groups = [_group(source) for source in sources]
         self.has_prompts = len(rows) > 0 and rows[0].prompt is not None
-        self.facts = {"candidates": "hits" if coarse else "shown"}
+        self.facts = {"candidates": _kind([coarse and has for has in rows.have_hits])}
         places: dict[str, int] = {}
         for place, key in enumerate(self.keys):
             if places.setdefault(key, place) != place:
@@ -105,9 +115,12 @@ class ReleasedSet(EvaluationSet):
     ) -> ReleasedSet:
         """Opens a parquet, JSON or JSONL file, a folder of parquet files, or a data set on the hub."""
         dataset, root = open_dataset(source, split)
+        digest = dataset_digest(source, dataset)
         if limit is not None:
             dataset = dataset.select(range(min(limit, len(dataset))))
-        return cls(ReleasedRows(dataset, root if image_root is None else image_root, source), coarse)
+        queries = cls(ReleasedRows(dataset, root if image_root is None else image_root, source), coarse)
+        queries.facts = {**queries.facts, "digests": {"data": digest}}
+        return queries
 
     def __getitem__(self, index: int) -> EvaluationQuery:  # type: ignore[override]
         row = self._rows[index]
@@ -185,7 +198,11 @@ class MBEIRSet(EvaluationSet):
                 As the class takes them.
         """
         mbeir = MBEIR(folder, None if image_root is None else ImageRoot(image_root))
-        return cls(mbeir, task, RunFile(run), choose_instructions(mbeir, instruction), union, limit)
+        queries = cls(mbeir, task, RunFile(run), choose_instructions(mbeir, instruction), union, limit)
+        qrels = file_digest(mbeir.folder / "qrels" / "test" / f"mbeir_{task}_test_qrels.txt")
+        digests = {**mbeir_digests(mbeir, task, union), "qrels": qrels, "run": file_digest(run)}
+        queries.facts = {**queries.facts, "digests": digests}
+        return queries
 
     def __getitem__(self, index: int) -> EvaluationQuery:  # type: ignore[override]
         query = self._queries[index]
@@ -217,6 +234,27 @@ def choose_instructions(mbeir: MBEIR, instruction: str) -> Instructions | None:
     return mbeir.instructions(None if instruction == "first" else int(instruction))
 
 
+def mbeir_digests(mbeir: MBEIR, task: str, union: bool = False) -> dict[str, str]:
+    """
+    Tells the files that a task's queries and candidates are read from, from others of the same names.
+
+    Args:
+        mbeir (`MBEIR`):
+            Where they are.
+        task (`str`):
+            Such as `"cirr_task7"`.
+        union (`bool`, *optional*, defaults to `False`):
+            Whether the candidates are those of the global pool.
+    """
+    files = {
+        "queries": mbeir.folder / "query" / "test" / f"mbeir_{task}_test.jsonl",
+        "pool": mbeir.pool_path(None if union else task),
+        "instructions": mbeir.folder / "instructions" / "query_instructions.tsv",
+    }
+    # A copy that is used without instructions may have none.
+    return {name: file_digest(path) for name, path in files.items() if path.is_file()}
+
+
 def _show(row: ReleasedRow, items: Sequence[Item], indices: Sequence[int]) -> Messages:
     """The row's own prompt with these of its candidates; as it is where they are those that it shows."""
     assert row.prompt is not None
@@ -232,6 +270,14 @@ def _without_marks(item: Item) -> Item:
     if item.text is None or IMAGE_MARK not in item.text:
         return item
     return dataclasses.replace(item, text=item.text.replace(IMAGE_MARK, IMAGE_MARK.replace("<", "< ")))
+
+
+def _kind(from_hits: Sequence[bool]) -> str:
+    """What is ranked, by whether each row's candidates are its coarse results."""
+    if all(from_hits):
+        return "hits"
+    rest = from_hits.count(False)
+    return "shown" if rest == len(from_hits) else f"hits, and shown in {rest} of {len(from_hits)} rows"
 
 
 def _with_ids(items: Sequence[Item]) -> list[Item]:

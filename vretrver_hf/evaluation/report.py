@@ -198,7 +198,8 @@ def paired_tests(first: Run, other: Run) -> list[tuple[str, str, int, Difference
     return tests
 
 
-_COST_HEAD = ["windows", "calls", "valid calls", "malformed turns", *STATUSES, "tokens", "written", "seconds"]
+_COST_HEAD = [*("windows", "calls", "valid calls", "malformed turns"), *STATUSES]
+_COST_HEAD += ["tokens", "written", "seconds (latency)"]
 
 
 def _cost_cells(cost: Mapping[str, Any]) -> list[str]:
@@ -257,7 +258,8 @@ def _p(value: float) -> str:
 def _sections(tables: Mapping[str, Table]) -> str:
     note = (
         "Scores in %, with 95 % intervals over queries: bootstrapped, and Wilson's where all are 0 or all are 1; p "
-        "from a paired randomisation test.\n\n"
+        "from a paired randomisation test. Seconds are the latency of a query: the sum of its turns' times, which run "
+        "while others share the batch, and so not its share of the wall clock.\n\n"
     )
     return note + "\n".join(f"## {title}\n\n{markdown_table(*table)}\n" for title, table in tables.items())
 

@@ -29,7 +29,8 @@ RUN, COARSE_RUN, QRELS = "run.trec", "coarse.trec", "qrels.txt"
 
 STATUSES = ("ok", "repaired", "fallback")
 TIME = "seconds"
-"""What differs from run to run though nothing else does."""
+"""Latency of a query: the sum of its turns' times, which run while others share the batch, and so no share of the wall
+clock. It differs from run to run though nothing else does."""
 
 _AT_A_TIME = 1_000
 
@@ -46,7 +47,8 @@ class Results:
             What it was run with.
         groups (`dict[str, dict]`):
             Data set to its figures: `n`, `failed`, `reranked` and `coarse` (metric to `mean` and `interval`), `gain`
-            (metric to a [`~statistics.Difference`] of the two), and `cost`.
+            (metric to a [`~statistics.Difference`] of the two), and `cost`, each a mean over the queries; its
+            `seconds` are the latency of a query, as [`~job.Window`] has it, and not wall clock.
         total (`dict`):
             The same over all queries.
         macro (`dict[str, float]`, *optional*):
