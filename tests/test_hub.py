@@ -239,6 +239,7 @@ for name, revision, token in [("absent", None, None), ("gated", None, None), ("e
         assert told.startswith("vretrver: model someone/x: ")
         assert "not in the hub's cache while HF_HUB_OFFLINE is set" in told
 
+    @pytest.mark.nightly
     def test_a_hub_that_cannot_be_reached(self, client):
         """The client tries for 23 seconds, and says so."""
         code = "from vretrver_hf import hub\nhub.fetch('someone/x', 'config.json')"

@@ -682,18 +682,19 @@ def test_the_real_size_is_small_enough():
 def test_a_few_steps_learn_and_a_resumed_run_goes_on(source, processor, table, tmp_path):
     model = make_model(tiny_config(processor.tokenizer, **TOY))
     fixed = source.batch("stage0", 0, 8)
-    plan = Plan("stage0", minutes=10, lr=3e-3, warmup=1e-6, max_steps=5)
+    plan = Plan("stage0", minutes=10, lr=3e-3, warmup=1e-6, max_steps=3)
     trainer = Trainer(model, table, plan, tmp_path / "checkpoint.pt")
     before = _loss(model, fixed, table)
-    trainer.train(iter([fixed] * 5))
-    assert trainer.step == 5
-    assert _loss(model, fixed, table) < before - 0.2
+    trainer.train(iter([fixed] * 3))
+    assert trainer.step == 3
+    assert _loss(model, fixed, table) < before - 0.1
     again = make_model(tiny_config(processor.tokenizer, **TOY), seed=1)
     resumed = Trainer(again, table, plan, tmp_path / "checkpoint.pt")
-    assert resumed.resume() and resumed.step == 5 and resumed.spent == trainer.spent
+    assert resumed.resume() and resumed.step == 3 and resumed.spent == trainer.spent
     assert _loss(again, fixed, table) == pytest.approx(_loss(model, fixed, table), abs=1e-5)
 
 
+@pytest.mark.nightly
 def test_a_paused_run_goes_on_where_it_stopped(source, processor, table, tmp_path):
     config = tiny_config(processor.tokenizer, **{**TOY, "num_hidden_layers": 1})
     plan = Plan("stage0", minutes=10, lr=1e-3, max_steps=3)

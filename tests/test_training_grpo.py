@@ -412,7 +412,8 @@ class TestChance:
         assert first[0] != first[1] and first[0] != other[0]
         assert len({tuple(tokens) for tokens, _ in first[0]}) == 4
 
-    @pytest.mark.parametrize("stop", [2, 3])  # at the end of the first epoch, and within the second
+    # At the end of the first epoch, and within the second.
+    @pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.nightly), 3])
     def test_a_killed_run_goes_on_as_if_nothing_had_happened(self, picture, tmp_path, stop):
         class Kill(TrainerCallback):
             def on_step_begin(self, args, state, control, **kwargs):
