@@ -13,6 +13,7 @@ FOLDER = Path(__file__).parent / "benchmarks"
 HELPERS = {"subject", "timing"}
 SMALL = {
     "agent_loop": ["--rows", "2", "--tokens", "2", "--repeats", "1"],
+    "decode_graphs": ["--queries", "1", "--samples", "1", "--dtype", "float32"],
     "evaluation_stream": ["--queries", "20", "--hits", "5"],
     "flash_attention": ["--attention", "eager", "--rollouts", "1", "--repeat", "1", "--factor", "10"],
     "grpo_step": ["--rollouts", "2", "--candidates", "2", "--thought", "2", "--steps", "1", "--freeze"],

@@ -144,7 +144,7 @@ class MBEIR:
         Raises:
             `ValueError`: naming the line that cannot be used.
         """
-        path = self.folder / "instructions" / "query_instructions.tsv"
+        path = self.instructions_path
         prompts = {}
         with open(path, encoding="utf-8", newline="") as file:
             rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -160,7 +160,7 @@ class MBEIR:
 
     def qrels(self, task: str, split: str = "test") -> dict[str, dict[str, int]]:
         """The judgements of a task: query id to id to grade."""
-        return read_qrels(self._file(f"qrels/{split}/mbeir_{task}_{split}_qrels.txt", task, split))
+        return read_qrels(self.qrels_path(task, split))
 
     def queries(self, task: str, instructions: Instructions | None = None, split: str = "test") -> MBEIRQueries:
         """
@@ -177,12 +177,24 @@ class MBEIR:
         Raises:
             `ValueError`: naming file, line and field where a query cannot be used.
         """
-        path = self._file(f"query/{split}/mbeir_{task}_{split}.jsonl", task, split)
-        return MBEIRQueries(path, task, self.qrels(task, split), self.images, instructions)
+        return MBEIRQueries(self.query_path(task, split), task, self.qrels(task, split), self.images, instructions)
 
     def pool(self, task: str | None = None) -> Pool:
         """The local pool of a task, or the global pool of all of them where `task` is `None`."""
         return Pool(self.pool_path(task), self.images)
+
+    @property
+    def instructions_path(self) -> Path:
+        """The file of the instructions of all tasks; a copy that is used without them may have none."""
+        return self.folder / "instructions" / "query_instructions.tsv"
+
+    def query_path(self, task: str, split: str = "test") -> Path:
+        """The file of a task's queries."""
+        return self._file(f"query/{split}/mbeir_{task}_{split}.jsonl", task, split)
+
+    def qrels_path(self, task: str, split: str = "test") -> Path:
+        """The file of a task's judgements."""
+        return self._file(f"qrels/{split}/mbeir_{task}_{split}_qrels.txt", task, split)
 
     def pool_path(self, task: str | None = None) -> Path:
         """The file of a pool. MSCOCO has a pool for the test split alone."""

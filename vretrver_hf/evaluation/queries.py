@@ -199,7 +199,7 @@ class MBEIRSet(EvaluationSet):
         """
         mbeir = MBEIR(folder, None if image_root is None else ImageRoot(image_root))
         queries = cls(mbeir, task, RunFile(run), choose_instructions(mbeir, instruction), union, limit)
-        qrels = file_digest(mbeir.folder / "qrels" / "test" / f"mbeir_{task}_test_qrels.txt")
+        qrels = file_digest(mbeir.qrels_path(task))
         digests = {**mbeir_digests(mbeir, task, union), "qrels": qrels, "run": file_digest(run)}
         queries.facts = {**queries.facts, "digests": digests}
         return queries
@@ -247,11 +247,10 @@ def mbeir_digests(mbeir: MBEIR, task: str, union: bool = False) -> dict[str, str
             Whether the candidates are those of the global pool.
     """
     files = {
-        "queries": mbeir.folder / "query" / "test" / f"mbeir_{task}_test.jsonl",
+        "queries": mbeir.query_path(task),
         "pool": mbeir.pool_path(None if union else task),
-        "instructions": mbeir.folder / "instructions" / "query_instructions.tsv",
+        "instructions": mbeir.instructions_path,
     }
-    # A copy that is used without instructions may have none.
     return {name: file_digest(path) for name, path in files.items() if path.is_file()}
 
 
