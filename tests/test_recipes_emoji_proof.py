@@ -225,9 +225,10 @@ def trained(root) -> Path:
         state(folder, 12, [*logged, {"step": 12, "train_runtime": 1.0}])
         accepted = folder / "accepted"
         accepted.mkdir()
-        sft = {"stage": "sft", "seconds": 60.0, "datasets": ["nowhere"], "before": None}
-        rsft = {"stage": "rsft", "seconds": 30.0, "datasets": [str(accepted)], "before": sft}
-        record = {"stage": "grpo", "seconds": 300.0, "datasets": ["x"], "before": rsft, "device": "a GPU"}
+        sft = {"stage": "sft", "seconds": 15.0, "processes": 4, "datasets": ["nowhere"], "before": None}
+        rsft = {"stage": "rsft", "seconds": 30.0, "processes": 1, "datasets": [str(accepted)], "before": sft}
+        record = {"stage": "grpo", "seconds": 300.0, "processes": 1, "datasets": ["x"], "before": rsft}
+        record["device"] = "a GPU"
         (folder / "training.json").write_text(json.dumps(record))
     return root
 

@@ -353,7 +353,7 @@ def logged_steps(model: Path) -> list[dict[str, Any]]:
 
 def training_minutes(model: Path) -> dict[str, Any]:
     """
-    What a model took from stage 0 on.
+    What a model took from stage 0 on, the minutes of several GPUs added up.
 
     Args:
         model (`Path`): Folder of a model that one of the package's stages trained.
@@ -369,7 +369,7 @@ def training_minutes(model: Path) -> dict[str, Any]:
         record["seconds"] = max(record["seconds"] or 0.0, _stepping(model))
     while record is not None:
         stages.insert(0, record["stage"])
-        training += record["seconds"] or 0.0
+        training += (record["seconds"] or 0.0) * record["processes"]
         note = Path(record["datasets"][0]) / "seconds.txt"
         if note.is_file():
             sampling = (sampling or 0.0) + float(note.read_text())

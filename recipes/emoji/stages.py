@@ -41,18 +41,19 @@ STAGE0_TASKS = {
     "detail": 0.06,
 }
 SFT_TASKS = {
-    "t2i": 0.14,
-    "i2i": 0.12,
-    "i2t": 0.07,
-    "it2i": 0.14,
-    "it2it": 0.05,
-    "it2t": 0.06,
-    "t2it": 0.06,
-    "t2t": 0.04,
-    "overview": 0.1,
-    "detail": 0.22,
+    "t2i": 0.08,
+    "i2i": 0.07,
+    "i2t": 0.05,
+    "it2i": 0.08,
+    "it2it": 0.04,
+    "it2t": 0.04,
+    "t2it": 0.04,
+    "t2t": 0.03,
+    "overview": 0.07,
+    "detail": 0.5,
 }
-"""Shares of the tasks; "overview" and "detail" are text to scene."""
+"""Shares of the tasks; "overview" and "detail" are text to scene. Half of the cold start is details: of 1,100, a model
+that knew where things are in nine of ten scenes kept four of five crops on target."""
 COLD_START = 5000
 """Trajectories of the oracle's from which the protocol is learned."""
 REHEARSAL = 0.5
