@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import contextlib
+import copy
+from unittest import mock
+
 import pytest
 import torch
 from PIL import Image
@@ -74,6 +78,21 @@ def test_each_picture_passes_the_tower_once(tower, image_processor, encoder, pic
         torch.testing.assert_close(found.pooler_output, expected.pooler_output, atol=2e-5, rtol=1e-5)
     assert (features.num_computed, features.num_recalled) == (3, 4)
     assert "forward" not in vars(tower)
+
+
+def test_pictures_are_scaled_where_the_tower_is(tower, image_processor, encoder, picture):
+    elsewhere, met = copy.deepcopy(tower).to("meta"), []
+    elsewhere.register_forward_pre_hook(lambda module, args: met.append(args[0].device.type))
+    processed = []
+    original = image_processor.preprocess
+    with mock.patch.object(
+        image_processor,
+        "preprocess",
+        lambda *args, **kwargs: processed.append(original(*args, **kwargs)) or processed[0],
+    ):
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # nothing is computed there
+            PictureFeatures(elsewhere, image_processor).tower_output(pictures(picture, encoder.factor, (2, 3)))
+    assert processed[0]["pixel_values"].device.type == "meta" and met == ["meta"]
 
 
 def test_equal_bytes_of_another_shape_are_another_picture(tower, image_processor, encoder):

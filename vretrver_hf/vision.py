@@ -133,9 +133,10 @@ class PictureFeatures:
         return found
 
     def _compute(self, images: list[Image.Image]) -> list[list[Tensor]]:
-        inputs = self._image_processor(images, do_resize=False, return_tensors="pt")
         weight = next(self._tower.parameters())
-        pixels, grid = inputs["pixel_values"].to(weight.device, weight.dtype), inputs["image_grid_thw"]
+        # Bytes travel to the tower's device, not floats, and are scaled there.
+        inputs = self._image_processor(images, do_resize=False, return_tensors="pt", device=weight.device)
+        pixels, grid = inputs["pixel_values"].to(weight.dtype), inputs["image_grid_thw"]
         with batched_attention(self._tower):
             output = self._tower(pixels, grid_thw=grid.to(weight.device))
         self._output = type(output)
