@@ -9,7 +9,7 @@ Half the queries have no pictures, so that a process may well meet a batch witho
 
 - every loss and gradient norm is finite,
 - all processes hold the same weights at the end, gathered where they are sharded,
-- weights that are trained differ from those at the start, and frozen ones do not,
+- weights that are trained differ from those at the start, unless rounding hides a step, and frozen ones do not,
 - the model that was saved holds those weights.
 
 With `sft --adapter lora` or `sft --adapter qlora` the adapter is looked at in place of the weights.
@@ -157,7 +157,8 @@ def examine(trainer: Any, args: argparse.Namespace, folder: Path) -> str:
     log = [entry for entry in log if entry]
     assert len(log) == args.steps, f"{len(log)} steps were logged instead of {args.steps}"
     assert all(math.isfinite(value) for entry in log for value in entry.values()), f"not finite: {log}"
-    held = {name: weight for name, weight in _whole_weights(trainer)}
+    weights = dict(_whole_weights(trainer))
+    held = {name: weight.float() for name, weight in weights.items()}
     sums = [
         [(name, weight.double().sum().item(), weight.double().abs().sum().item()) for name, weight in held.items()]
     ]
@@ -176,7 +177,9 @@ def examine(trainer: Any, args: argparse.Namespace, folder: Path) -> str:
         return f"loss/gradient norm {norms}; {found}; equal on {len(everybody)} processes"
     moved = [name for name in held if not torch.equal(held[name], start[name])]
     trains = {name: not _is_tower(name) or args.train_tower for name in held}
-    still = [name for name in held if trains[name] and name not in moved and not name.endswith("qkv.bias")]
+    rate = trainer.args.learning_rate
+    movable = [name for name in held if trains[name] and _can_move(start[name], weights[name].dtype, rate)]
+    still = [name for name in movable if name not in moved and not name.endswith("qkv.bias")]
     assert moved and len(still) < len(held) // 10, f"these did not move: {still[:5]}"
     assert all(trains[name] for name in moved), "frozen weights moved"
     # Weights are saved in half precision where they are trained so.
@@ -201,18 +204,28 @@ def _examine_adapter(held: dict[str, Any], start: dict[str, Any], saved: dict[st
     return f"{len(moved)} pairs of the adapter learned and were merged"
 
 
+def _can_move(weight: torch.Tensor, dtype: torch.dtype, rate: float) -> bool:
+    """
+    Whether a first step of Adam, which is as long as the learning rate, takes any element to another number of this
+    data type. In bfloat16 none leaves 1, where norms start: the numbers beside it lie farther off.
+    """
+    held = weight.to(dtype)
+    gap = (held - torch.nextafter(held, torch.zeros_like(held))).abs()  # on the side where numbers lie closer
+    return bool((gap / 2 < rate).any())
+
+
 def _whole_weights(trainer: Any) -> Any:
-    """Every weight by its name, on every process."""
+    """Every weight by its name, on every process, in the precision in which it is held."""
     for name, weight in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
         if hasattr(weight, "ds_id"):
             import deepspeed
 
             with deepspeed.zero.GatheredParameters([weight]):
-                yield name, weight.detach().float().cpu().clone()
+                yield name, weight.detach().cpu().clone()
         elif hasattr(weight, "full_tensor"):
-            yield name, weight.full_tensor().detach().float().cpu()
+            yield name, weight.full_tensor().detach().cpu()
         else:
-            yield name, weight.detach().float().cpu()
+            yield name, weight.detach().cpu()
 
 
 def _is_tower(name: str) -> bool:

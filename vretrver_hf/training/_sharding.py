@@ -6,7 +6,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.utils import _apply_to_tensors
 from trl.models import unwrap_model_for_generation
 
 
@@ -46,8 +48,11 @@ def gathered(model: nn.Module) -> Iterator[None]:
     While the context lasts, every process holds the weights that `fully_shard` spread over them, in the precision of
     the forward pass. Other models are left as they are. All processes enter it together.
 
-    FSDP's hooks stay in force, since they decide about the precision of what goes through them: they only find nothing
-    to gather and nothing to free.
+    Meanwhile FSDP is told nothing of forward passes. It would note which modules run, and gather by that later, while
+    rollouts differ from process to process: each ends with another part of the model, and a CUDA graph runs what was
+    recorded in it without any hooks. Of modules in one group, such as an embedding and the head that shares its
+    weights, FSDP would then wait for the rest and not free the group, on that process alone; and in the backward pass
+    it would prefetch what ran last before it. Either leaves processes waiting in different collectives.
 
     Args:
         model (`nn.Module`):
@@ -56,39 +61,52 @@ def gathered(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, FSDPModule):
         yield
         return
-    _make_root(model)
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    frees = [_frees_after_forward(module) for module in modules]
-    try:
-        model.set_reshard_after_forward(False)
+    with contextlib.ExitStack() as stack:
         for module in modules:
+            stack.callback(module.reshard)
             module.unshard()
+            stack.enter_context(_casting_alone(module))
         yield
-    except BaseException:
-        # A forward pass that was broken off would leave FSDP in the middle of it.
-        if hasattr(model, "reset_iter_state"):  # older versions of PyTorch have no way to do that
-            model.reset_iter_state()
-        raise
+
+
+@contextlib.contextmanager
+def _casting_alone(module: FSDPModule) -> Iterator[None]:
+    """While the context lasts, FSDP's hooks decide about the precision of what goes through a module, and no more."""
+    state = module._get_fsdp_state()  # there are methods to add hooks and none to find them
+    handles = [state._pre_forward_hook_handle, state._post_forward_hook_handle]
+    ids = {one.id for handle in handles for one in getattr(handle, "handles", [handle])}
+    cast = _Cast(state._mp_policy)
+    replaced = []
+    for hooks, instead in [(module._forward_pre_hooks, cast.inputs), (module._forward_hooks, cast.output)]:
+        for number in ids & hooks.keys():
+            replaced.append((hooks, number, hooks[number]))
+            hooks[number] = instead
+    try:
+        yield
     finally:
-        for module, value in zip(modules, frees, strict=True):
-            module.set_reshard_after_forward(value, recurse=False)
-            module.reshard()
+        for hooks, number, hook in replaced:
+            hooks[number] = hook
 
 
-def _make_root(model: FSDPModule) -> None:
-    """
-    FSDP takes for its root whatever runs forward first, once and for all. Rollouts call parts of the model, and come
-    before the first loss: so the whole model does nothing, as a forward pass.
-    """
-    model._nothing = lambda unused: None
-    register_fsdp_forward_method(model, "_nothing")
-    model._nothing(None)  # older versions of PyTorch fail at a forward pass without arguments on a GPU
-    del model._nothing
+class _Cast:
+    """What FSDP's hooks do to the inputs and the output of a module."""
+
+    def __init__(self, policy: MixedPrecisionPolicy):
+        self._inputs = policy.param_dtype if policy.cast_forward_inputs else None
+        self._output = policy.output_dtype
+
+    def inputs(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return _cast(args, self._inputs), _cast(kwargs, self._inputs)
+
+    def output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return _cast(output, self._output)
 
 
-def _frees_after_forward(module: FSDPModule) -> bool:
-    group = module._get_fsdp_state()._fsdp_param_group  # there is a method to set it and none to ask
-    return group is not None and group._reshard_after_forward
+def _cast(values: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None:
+        return values
+    return _apply_to_tensors(lambda value: value.to(dtype) if value.is_floating_point() else value, values)
 
 
 __all__ = ["gathered", "whole_weights"]
