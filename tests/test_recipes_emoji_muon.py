@@ -31,7 +31,7 @@ def test_the_steps_are_pytorchs():
         mine.step()
         reference.step()
     for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=5e-3)  # both iterate in bfloat16
+        torch.testing.assert_close(one, other, rtol=0, atol=5e-3)  # its own iteration is in bfloat16
         assert not torch.equal(one, one.new_zeros(one.shape))
     assert torch.equal(left_out, torch.ones(4, 4))
 

@@ -694,7 +694,6 @@ def test_a_few_steps_learn_and_a_resumed_run_goes_on(source, processor, table, t
     assert _loss(again, fixed, table) == pytest.approx(_loss(model, fixed, table), abs=1e-5)
 
 
-@pytest.mark.nightly
 def test_a_paused_run_goes_on_where_it_stopped(source, processor, table, tmp_path):
     config = tiny_config(processor.tokenizer, **{**TOY, "num_hidden_layers": 1})
     plan = Plan("stage0", minutes=10, lr=1e-3, max_steps=3)

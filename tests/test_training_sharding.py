@@ -189,7 +189,7 @@ def is_freed_behind(block: nn.Module) -> bool:
     return block._get_fsdp_state()._fsdp_param_group._reshard_after_forward
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_processes", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_whole_weights_for_any_number_of_forward_passes(num_processes: int, tmp_path: Path):
     multiprocessing.spawn(check, (str(tmp_path), num_processes), nprocs=num_processes)
 

@@ -73,11 +73,11 @@ def orthogonal(matrices: Tensor) -> Tensor:
             (matrices, rows, columns).
 
     Returns:
-        `Tensor`: the same shape, in bfloat16.
+        `Tensor`: the same shape; in bfloat16 on an accelerator, where that is quick and CPUs are slow at it.
     """
     a, b, c = COEFFICIENTS
     wide = matrices.shape[1] <= matrices.shape[2]
-    x = (matrices if wide else matrices.mT).bfloat16()
+    x = (matrices if wide else matrices.mT).to(torch.float32 if matrices.device.type == "cpu" else torch.bfloat16)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
