@@ -31,7 +31,16 @@ import proof  # noqa: E402
 import proof_runs  # noqa: E402
 import searching  # noqa: E402
 from export import write_parquet  # noqa: E402
-from proof_runs import CURVES, NotComparable, find_runs, model_and_seed, share, summarize, training_minutes  # noqa: E402
+from proof_runs import (  # noqa: E402
+    CURVES,
+    NotComparable,
+    find_runs,
+    model_and_seed,
+    query_facts,
+    share,
+    summarize,
+    training_minutes,
+)
 
 from vretrver_hf import Item  # noqa: E402
 from vretrver_hf.data.conversations import write_records  # noqa: E402
@@ -124,6 +133,26 @@ class TestFigures:
         assert whole["tokens"][0] == 112.5 and whole["ok"] == [1, 0.5101, 1]  # Wilson's, where all succeed
         assert whole["valid_calls"][0] == (1 + 1 + 1 + 2 + 1) / 10
         assert whole["on_target"][0] == pytest.approx(2 / 3, abs=1e-4)  # of the crops of scenes
+
+        assert whole["first_on_target"][0] == 1.0  # of the two scenes that were looked into
+        assert whole["right_in_view"][0] == 1.0 and whole["right_in_view"][1:] == [1.0, 1.0]  # of the first one alone
+
+    @pytest.mark.parametrize(
+        ("crops", "first", "expected"),
+        [
+            ([], 0, (0, 0, False, False, False, False)),
+            ([(1, BESIDE), (1, ON)], 0, (2, 1, True, False, True, True)),
+            ([(1, ON), (2, BESIDE)], 1, (2, 1, True, True, True, False)),  # seen, and passed over
+            ([(2, ON)], 0, (1, 1, True, True, False, False)),  # right without having seen it
+        ],
+        ids=["no look", "beside, then on it", "passed over", "another one"],
+    )
+    def test_what_came_of_looks(self, crops, first, expected):
+        order = [first, *(place for place in range(3) if place != first)]
+        turns = [{"turns": [crop(index, box) for index, box in crops]}]
+        facts = query_facts(QueryResult(["0", "1", "2"], order, {"0": 1}, "ok", [], turns), [TARGET] * 3)
+        names = ("crops", "on_target", "looked", "first_on_target", "in_view", "right_in_view")
+        assert tuple(facts[name] for name in names) == expected
 
     def test_groups_are_tasks_and_kinds_of_scenes(self, root):
         groups = summarize(root)["models"][1]["sets"]["test"]

@@ -92,6 +92,7 @@ def tables(proof: Proof) -> str:
     sections = {
         "Models": main_table(proof),
         "Differences": difference_table(proof),
+        "How details are found": detail_table(proof),
         "Right first, by task": group_table(proof, "hit@1", "task"),
         "Calls, by task": group_table(proof, "calls", "task"),
         "Scenes, by kind of question": group_table(proof, "hit@1", "kind"),
@@ -139,6 +140,21 @@ def difference_table(proof: Proof) -> str:
         for first, second in pairs
     ]
     return markdown_table(["model", "against", *columns], rows)
+
+
+def detail_table(proof: Proof) -> str:
+    """Each model in a row: where it looks in scenes whose overview is not enough, and what comes of it."""
+    columns = {
+        "crops on target": "on_target",
+        "first crops on target": "first_on_target",
+        "right, once the right candidate was in view": "right_in_view",
+    }
+    rows = []
+    for model in proof["models"]:
+        detail = model["sets"].get(MAIN, {}).get("detail", {})
+        shares = [_rate(detail, name) for name in columns.values()]
+        rows.append([_title(model["name"]), _rate(detail, "hit@1"), _mean(detail, "calls"), *shares])
+    return markdown_table(["model", "R@1", "calls", *columns], rows)
 
 
 def group_table(proof: Proof, metric: str, which: Literal["task", "kind"]) -> str:
@@ -239,7 +255,8 @@ def _plain(model: str) -> str:
 
 
 def _rate(group: Proof, metric: str) -> str:
-    if metric not in group:
+    """A mean or a share in percent, with its interval."""
+    if group.get(metric) is None:
         return "–"
     mean, low, high = (100 * value for value in group[metric])
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]"

@@ -54,9 +54,10 @@ MEANS = ("hit@1", "mrr", "calls", "tokens", "ok")
 """Means over queries."""
 BOUNDED = ("hit@1", "mrr", "ok")
 """Those of them that lie between 0 and 1."""
-SHARES = {"valid_calls": "calls", "on_target": "crops"}
+SHARES = {"valid_calls": "calls", "on_target": "crops", "first_on_target": "looked", "right_in_view": "in_view"}
 """Shares of something that queries have more or less of: valid ones of the calls; of the crops that a tool made of a
-scene, those that show what is asked for."""
+scene, those that show what is asked for; of the first crops of queries, the same; of the queries in which a crop shows
+what is asked for of the right candidate, those that are right."""
 COMPARED = ("hit@1", "mrr", "calls", "tokens")
 CURVES = {
     "reward": "reward",
@@ -194,29 +195,35 @@ def load(folder: Path, run: str, targets: Mapping[str, Sequence[Sequence[int]]])
     if missing := [key for key in scores.keys if key not in facts]:
         raise NotComparable(f"{folder}: {len(missing)} queries failed, such as {missing[0]}; evaluate it again")
     values = {metric: scores.reranked[metric] for metric in ("hit@1", "mrr")}
-    for name in ("calls", "tokens", "ok", "valid_calls", "crops", "on_target"):
+    for name in ("calls", "tokens", "ok", *SHARES, *SHARES.values()):
         values[name] = np.array([facts[key][name] for key in scores.keys], float)
     return Evaluation(run, results.settings, scores.keys, [right[key] for key in scores.keys], values)
 
 
 def query_facts(result: QueryResult, targets: Sequence[Sequence[int]]) -> dict[str, float]:
-    """What a query cost, and how many of the crops of scenes showed what was asked for."""
+    """What a query cost, how many of the crops of scenes showed what was asked for, and what came of it."""
     windows = result.windows
-    seen = [
-        shows(ref["box"], targets[ref["index"] - 1])
+    right = {str(key) for key in result.relevant}
+    crops = [
+        (result.coarse[ref["index"] - 1] in right, shows(ref["box"], targets[ref["index"] - 1]))
         for trajectory in result.trajectories or ()
         for turn in trajectory["turns"]
         if turn["role"] == "observation"
         for ref in turn["images"]
         if ref["box"] and ref["index"] and targets[ref["index"] - 1]
     ]
+    in_view = any(is_right and on_target for is_right, on_target in crops)
     return {
         "calls": sum(window.calls for window in windows),
         "valid_calls": sum(window.valid_calls for window in windows),
         "tokens": sum(window.tokens for window in windows),
         "ok": result.status == "ok",
-        "crops": len(seen),
-        "on_target": sum(seen),
+        "crops": len(crops),
+        "on_target": sum(on_target for _, on_target in crops),
+        "looked": bool(crops),
+        "first_on_target": bool(crops) and crops[0][1],
+        "in_view": in_view,
+        "right_in_view": in_view and result.reranked[0] in right,
     }
 
 
