@@ -396,6 +396,17 @@ class TestTraining:
         trajectories = list(read_jsonl(tmp_path / "trajectories" / files[1]))
         assert [trajectory.order for trajectory in trajectories] == [[1, 0, 2]] * 4
 
+    def test_saves_all_trajectories_of_a_step_that_are_made_in_several_goes(self, picture, scripts, tmp_path):
+        scripts |= dict.fromkeys(range(4), [ANSWER])
+        arguments = {"max_turn_tokens": 400, "max_steps": 2, "trajectories_steps": 1}
+        goes = {"gradient_accumulation_steps": 2, "steps_per_generation": 1}
+        examples = [make_example(picture), make_example(picture, "e")]
+        for _ in range(2):  # a second run writes the files anew
+            make_trainer("qwen2_5_vl", examples, tmp_path, **arguments, **goes).train()
+        for step in range(2):
+            found = read_jsonl(tmp_path / "trajectories" / f"step-{step:06d}.jsonl")
+            assert sorted(trajectory.query_id for trajectory in found) == ["e"] * 4 + ["q"] * 4
+
 
 class TestChance:
     def test_every_step_draws_anew_and_every_run_the_same(self, picture, tmp_path):

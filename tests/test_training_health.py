@@ -86,6 +86,14 @@ class TestWhatLasts:
         assert run.log(5) + run.log(4, **change) == []
         assert len(run.log(1, **change)) == 1
 
+    def test_nothing_is_said_about_calls_where_there_are_no_tools(self, caplog):
+        quiet = {"evidence_tool_std": 0.0, "evidence_call_rate": None, "evidence_calls": None}
+        quiet |= {"tools_call_frequency": 0.0}
+        assert Run(caplog, n=5, max_calls=2, tools=False).log(20, **quiet) == []
+        said = Run(caplog, n=5, max_calls=2).log(20, **quiet)
+        assert len(said) == 2 and "'tool' has had no variance" in said[0] and "no rollout has made" in said[1]
+        assert len(Run(caplog, n=5, tools=False).log(20, evidence_rank_std=0.0)) == 1  # the rest is watched
+
     def test_steps_count_and_not_logs(self, caplog):
         run = Run(caplog, every=10, n=25)
         assert run.log(2, evidence_rank_std=0.0) == []

@@ -205,9 +205,9 @@ class Trajectory:
         return cls(**{**values, "turns": [Turn.from_dict(turn) for turn in values["turns"]]})
 
 
-def write_jsonl(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
-    """Writes one trajectory a line."""
-    with open(path, "w", encoding="utf-8") as file:
+def write_jsonl(path: str | Path, trajectories: Iterable[Trajectory], append: bool = False) -> None:
+    """Writes one trajectory a line, behind those that the file holds with `append`."""
+    with open(path, "a" if append else "w", encoding="utf-8") as file:
         for trajectory in trajectories:
             file.write(json.dumps(trajectory.to_dict(), ensure_ascii=False) + "\n")
 

@@ -210,7 +210,7 @@ class Trainer:
                 losses, logits = losses_of(self.model, piece.view(*batch.ids.shape, -1), batch)
             loss = (losses * batch.weights).sum() / total
             loss.backward()
-            meter.add(batch, losses.detach(), logits.detach(), loss.detach())
+            meter.add(batch, logits.detach(), loss.detach())
         embeds.backward(inputs.grad)
         self.team.average_gradients(self.weights)
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
@@ -234,7 +234,7 @@ class _Meter:
     def seconds(self) -> float:
         return time.monotonic() - self._begun
 
-    def add(self, batch: Batch, losses: Tensor, logits: Tensor, loss: Tensor) -> None:
+    def add(self, batch: Batch, logits: Tensor, loss: Tensor) -> None:
         right = logits.argmax(-1) == batch.ids.flatten()[batch.targets]
         kinds = (batch.weights > MATCH_WEIGHT, batch.weights == MATCH_WEIGHT, batch.weights == PLACE_WEIGHT)
         counts = (count for kind in kinds for count in (right & kind, kind))

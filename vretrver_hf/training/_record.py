@@ -60,9 +60,7 @@ def write_record(trainer: Trainer, model_args: ModelConfig, arguments: StageArgu
         "seconds": logs.get("train_runtime"),
         "loss": logs.get("train_loss"),
         "settings": {name: value for name, value in changed.items() if name not in _UNTOLD},
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("trl", "transformers", "torch", "accelerate")
-        },
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "before": json.loads(before.read_text(encoding="utf-8")) if before.is_file() else None,
     }
     (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

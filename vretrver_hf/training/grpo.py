@@ -263,6 +263,7 @@ class EvidenceGRPOTrainer(QuickPasses, ExactResume, GRPOTrainer):
             )
         tower = base_model(self.model).model.visual
         self._tower_is_trained = any(weight.requires_grad for weight in tower.parameters())
+        self._saved_step: int | None = None
         if args.use_vllm and args.vllm_mode == "server" and self._tower_is_trained:
             raise ValueError(
                 "a vLLM server goes on using what the vision tower made of a picture under old weights: freeze the "
@@ -369,7 +370,10 @@ class EvidenceGRPOTrainer(QuickPasses, ExactResume, GRPOTrainer):
             return
         folder = Path(self.args.output_dir, "trajectories")
         folder.mkdir(parents=True, exist_ok=True)
-        write_jsonl(folder / f"step-{step:06d}.jsonl", [rollout.trajectory for rollout in rollouts])
+        # A step may make its rollouts in several goes; a step that is done again, after a stop, makes its file anew.
+        goes_on, self._saved_step = step == self._saved_step, step
+        path = folder / f"step-{step:06d}.jsonl"
+        write_jsonl(path, [rollout.trajectory for rollout in rollouts], append=goes_on)
 
     def _log_rollouts(self, mode: str, rollouts: Sequence[Rollout]) -> None:
         """The metrics that TRL's `_generate` logs, under its names, and ours."""
@@ -477,7 +481,11 @@ def train(
         max_turn_tokens=script_args.max_turn_tokens,
         tools=script_args.tools,
         peft_config=adapter,
-        callbacks=[*callbacks, HealthCallback(max_calls=preset.max_calls or None), ProtocolCallback(script_args)],
+        callbacks=[
+            *callbacks,
+            HealthCallback(max_calls=preset.max_calls or None, tools=script_args.tools),
+            ProtocolCallback(script_args),
+        ],
     )
     trainer.accelerator.print(f"Training {describe(trainer.model)}")
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args))

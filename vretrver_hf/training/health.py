@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 _TERM = re.compile(r"(?:evidence|rewards)/(.+)/std")
 _TOTAL = "rewards/evidence/std"  # of the sum of the terms, about which `frac_reward_zero_std` says more
+_TOOL = "evidence/tool/std"
 _PINNED = 0.95
 _SAME = 1e-6  # TRL's standard deviations are float32
 
@@ -46,6 +47,8 @@ class HealthCallback(TrainerCallback):
             By how much the share of malformed or cut-off outputs may rise.
         repeats (`float`, *optional*, defaults to 0.05):
             Share of outputs with repeated control tokens from which on they are reported.
+        tools (`bool`, *optional*, defaults to `True`):
+            Whether rollouts have tools; where none has, nothing is said about calls and what they are paid.
 
     Example:
 
@@ -54,7 +57,14 @@ class HealthCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self, n: int = 20, max_calls: int | None = None, rise: float = 0.2, repeats: float = 0.05):
+    def __init__(
+        self,
+        n: int = 20,
+        max_calls: int | None = None,
+        rise: float = 0.2,
+        repeats: float = 0.05,
+        tools: bool = True,
+    ):
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
         if max_calls is not None and max_calls < 1:
@@ -65,6 +75,7 @@ class HealthCallback(TrainerCallback):
         self.max_calls = max_calls
         self.rise = rise
         self.repeats = repeats
+        self.tools = tools
         self._alarms: dict[str, _Alarm] = {}
         self._shares: dict[str, _Share] = collections.defaultdict(lambda: _Share(n))
         self._last_step = 0
@@ -99,10 +110,17 @@ class HealthCallback(TrainerCallback):
         """What is wrong once it lasts: its name, whether it is so now, and how to say it."""
         for name, std in values.items():
             term = _TERM.fullmatch(name)
-            if term is not None and name != _TOTAL:
+            if term is not None and name != _TOTAL and (self.tools or name != _TOOL):
                 yield name, std < _SAME, _constant(term[1], values.get(name.removesuffix("std") + "mean"))
         if "frac_reward_zero_std" in values:
             yield "groups", values["frac_reward_zero_std"] > 1 - _SAME, _EQUAL_GROUPS
+        if self.tools:
+            yield from self._calls(values)
+        if "evidence/repeated_tokens" in values:
+            share = values["evidence/repeated_tokens"]
+            yield "repeats", share >= self.repeats, _REPEATS.format(f"{share:.0%}")
+
+    def _calls(self, values: Mapping[str, float]) -> Iterator[tuple[str, bool, str]]:
         frequency = values.get("tools/call_frequency")
         rate = values.get("evidence/call_rate", frequency)
         if rate is not None:
@@ -110,9 +128,6 @@ class HealthCallback(TrainerCallback):
         calls = values.get("evidence/calls", frequency)
         if calls is not None and self.max_calls is not None:
             yield "all calls", calls >= _PINNED * self.max_calls, _ALL_CALLS.format(self.max_calls)
-        if "evidence/repeated_tokens" in values:
-            share = values["evidence/repeated_tokens"]
-            yield "repeats", share >= self.repeats, _REPEATS.format(f"{share:.0%}")
 
     def _report(self, name: str, wrong: bool, steps: int, message: str, after: int) -> None:
         alarm = self._alarms.setdefault(name, _Alarm(after, self.n))
