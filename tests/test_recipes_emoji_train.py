@@ -46,7 +46,7 @@ from model import (
 )
 from preset import MAX_TURN_TOKENS, PRESET
 from rows import NUM_LOOKS, Picture, PictureGroup, RowMaker, by_length, collate, share_pictures, token_positions
-from scenes import place_name
+from scenes import place_name, place_phrase
 from searching import aim_box, box_around, in_view
 from stages import COLD_START, SFT_TASKS, Feed, Source
 from tokenizer import SPECIAL_TOKENS, VISIBLE_TOKENS, make_tokenizer, merges_of
@@ -337,7 +337,9 @@ def test_two_rivals_are_told_apart_in_words(source):
     example.query, example.positive = Entry("a woman cook with dark skin", None, by_name[shown[3]]), 3
     example.candidates = [Entry(None, Drawing(artist, by_name[name]), by_name[name]) for name in shown]
     example.relevance = [0, 2, 0, 3]
-    oracle = Oracle(source.concepts, lambda text: len(text.split()))  # the toy tokenizer has few words
+    oracle = Oracle(
+        source.concepts, lambda text: len(text.split()), source.likeness
+    )  # the toy tokenizer has few words
     texts = set()
     for seed in range(40):
         messages = oracle.play(source.cases.plain(example), random.Random(seed)).messages
@@ -354,11 +356,11 @@ def _searches(source, count):
         messages = source.oracle.play(case, random.Random(number)).messages
         turns = [parse_turn(message["content"]) for message in messages if message["role"] == "assistant"]
         tools, read = case.tools(), []
-        for turn, message in zip(turns, [m for m in messages if m["role"] == "assistant"], strict=True):
-            if message["loss"] and turn.kind == "call" and turn.call.name == "crop_image":
+        for turn in turns:
+            if turn.kind == "call" and turn.call.name == "crop_image":
                 target = turn.call.arguments["target_image"]
-                (ref,) = tools.call("crop_image", turn.call.arguments).refs
-                if in_view(case.candidates[target - 1].scene, ref.box):
+                (ref,) = tools.call("crop_image", turn.call.arguments).refs or [None]  # a mistake shows nothing
+                if ref is not None and in_view(case.candidates[target - 1].scene, ref.box):
                     read.append(target)
         yield case, read, turns
 
@@ -374,9 +376,31 @@ def test_a_search_concludes_from_what_it_saw(source):
         assert order == [best] * (best in read) + unread + [number for number in read if number != best]
         found += best in read
         went_on += best in read[:-1]
-        missed += any(turn.thought and " there; look at " in turn.thought for turn in turns)
+        missed += any(turn.thought and " there; maybe " in turn.thought for turn in turns)
     assert 130 < found < 230 and went_on > 30  # there is no stopping rule
-    assert missed > 20
+    assert missed > 50
+
+
+def test_looks_at_the_wrong_thing_are_shown_and_looking_elsewhere_is_learned(source):
+    misses = places = 0
+    for number, example in enumerate(source._makers["detail"].make(200, 12)):
+        case = source.cases.plain(example)
+        messages = source.oracle.play(case, random.Random(number)).messages
+        written = [message for message in messages if message["role"] == "assistant"]
+        turns, tools = [parse_turn(message["content"]) for message in written], case.tools()
+        for turn, after, message, later in zip(turns, turns[1:], written, written[1:], strict=False):
+            if not after.thought or " there; maybe " not in after.thought or after.kind != "call":
+                continue
+            scene = case.candidates[turn.call.arguments["target_image"] - 1].scene
+            first, second = (tools.call("crop_image", one.call.arguments).refs[0].box for one in (turn, after))
+            assert not in_view(scene, first) and in_view(scene, second)
+            assert not message["loss"] and later["loss"]
+            assert place_phrase(scene, scene.target) in after.thought
+            misses += 1
+            places += place_phrase(scene, scene.target) not in turn.thought  # what it took for it stood elsewhere
+            if case.kind.endswith("/place"):
+                assert place_phrase(scene, scene.target) in turn.thought or "shows" in turn.thought
+    assert misses > 30 and places > 5
 
 
 def test_aimed_boxes_show_the_target_and_others_seldom(source):
@@ -446,7 +470,7 @@ def test_pointing_at_what_a_query_asks_for(source):
     for task in ("overview", "detail"):
         for example in source._makers[task].make(30, 3):
             case = source.cases.plain(example)
-            (question, *_), *_ = exchanges = point_out(case, rng)
+            (question, *_), *_ = exchanges = point_out(case, rng, source.likeness)
             number = int(re.search(r"in (\d)\?", question)[1])
             scene = case.candidates[number - 1].scene
             assert json.loads(exchanges[-1][1]) == box_around(scene.objects[scene.target], scene)

@@ -9,6 +9,7 @@ import random
 from cases import Case, Side
 from concepts import Concept
 from examples import Placed, Scene
+from likeness import Likeness
 from preset import PRESET
 from scenes import family, place_name, thing_phrase, value_phrase
 from searching import aim_box, box_around
@@ -24,6 +25,9 @@ ABOUT_TARGET = 0.5
 """Share of the questions that are about the target, such as the clock; the others are about any thing."""
 WHERE = 0.65
 """Share of the questions that ask where a thing is, and not what is at a place."""
+AGAIN = 0.4
+"""Share of the queries for which the wrong box of something that may be taken for the thing is named beforehand: where
+the first look was at the wrong thing, that is all a model has to go by."""
 PLACE_WEIGHT = 2.5
 """Weight of a place in words. It comes before the box: nine places are learned sooner than hundreds of boxes."""
 
@@ -67,16 +71,28 @@ def ask(scene: Scene, concepts: dict[str, Concept], rng: random.Random, reduced:
     return [(f"What is at {_box(scene)}?", name, 1.0)]
 
 
-def point_out(case: Case, rng: random.Random) -> list[Exchange]:
-    """Where what a query asks for is in one of its candidates, which are scenes."""
+def point_out(case: Case, rng: random.Random, likeness: Likeness) -> list[Exchange]:
+    """
+    Where what a query asks for is in one of its candidates, which are scenes.
+
+    Args:
+        case (`Case`):
+            The query and its candidates.
+        rng (`random.Random`):
+            Source of chance.
+        likeness (`Likeness`):
+            Says what may be taken for what is asked for.
+    """
     number = case.order[0] + 1
     if case.kind.startswith("detail"):  # all look alike from afar
         number = rng.randint(1, len(case.candidates))
-    scene = case.sides[number].scene
-    if case.kind.endswith("/place"):  # the query says it; a place could be copied
-        return [(f"In which box is it in {number}?", _box(scene), 1.0)]
+    scene, told = case.sides[number].scene, case.kind.endswith("/place")
+    wrong = likeness.mistaken(scene, rng, nearby=told) if rng.random() < AGAIN else None
+    hint = "" if wrong is None else f"It is not in {_box(dataclasses.replace(scene, target=wrong))}. "
+    if told:  # the query says it; a place could be copied
+        return [(f"{hint}In which box is it in {number}?", _box(scene), 1.0)]
     place = place_name(scene, scene.target)
-    return [(f"Where is it in {number}?", place, PLACE_WEIGHT), ("In which box?", _box(scene), 1.0)]
+    return [(f"{hint}Where is it in {number}?", place, PLACE_WEIGHT), ("In which box?", _box(scene), 1.0)]
 
 
 def ask_middle(scene: Scene, concepts: dict[str, Concept]) -> Exchange:

@@ -3,11 +3,13 @@ at the right place."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 
 from cases import Case
 from examples import Placed, Scene
+from likeness import Likeness
 from record import Record
 from scenes import family, place_phrase, thing_phrase, value_phrase
 
@@ -15,8 +17,11 @@ from scenes import family, place_phrase, thing_phrase, value_phrase
 CROPS = {0: 0.05, 1: 0.15, 2: 0.3, 3: 0.3, 4: 0.2}
 """How many candidates are cropped, and how often. The number is drawn beforehand, whether the right one is found or
 not: when to stop is left to be learned from reward."""
-MISSED = 0.12
-"""Share of crops that are aimed beside the target at first."""
+MISSED_FIRST, MISSED_LATER = 0.3, 0.05
+"""Shares of first crops, and of those of other candidates, that are aimed at something that may be taken for the
+target. These are shown and not learned; what is learned is to look elsewhere then. When boxes anywhere stood here, a
+model that had seen nothing where it looked looked there again: its second look met the target in one of fourteen
+cases."""
 NEEDLESS_SELECT, NEEDLESS_CALL = 0.08, 0.3
 """Shares of searches that begin with a look at whole scenes, which shows too little, and of scenes that need no closer
 look and get one."""
@@ -31,7 +36,7 @@ SEEN = 0.85
 """Share of the target's side, across and down, that must be in view to read it."""
 
 
-def search(record: Record, rng: random.Random, use_tools: bool) -> None:
+def search(record: Record, rng: random.Random, use_tools: bool, likeness: Likeness) -> None:
     """
     Plays a case of scenes to its end.
 
@@ -39,9 +44,10 @@ def search(record: Record, rng: random.Random, use_tools: bool) -> None:
         record (`Record`): The conversation so far.
         rng (`random.Random`): Source of chance.
         use_tools (`bool`): Whether tools may be called.
+        likeness (`Likeness`): Says what is taken for what.
     """
     if record.case.kind.startswith("detail"):
-        _Search(record, rng).play(use_tools)
+        _Search(record, rng, likeness).play(use_tools)
     else:
         _glance(record, rng, use_tools)
 
@@ -49,16 +55,18 @@ def search(record: Record, rng: random.Random, use_tools: bool) -> None:
 class _Search:
     """A detail in each of several scenes that are alike but for it."""
 
-    def __init__(self, record: Record, rng: random.Random):
-        self.record, self.case, self.rng = record, record.case, rng
-        scene = self.case.candidates[0].scene
+    def __init__(self, record: Record, rng: random.Random, likeness: Likeness):
+        self.record, self.case, self.rng, self.likeness = record, record.case, rng, likeness
+        self.scene = self.case.candidates[0].scene
+        """In the other candidates the same things stand in the same places, but for the target."""
         self.thing = family(self.case.candidates[0].concept)
-        self.place = place_phrase(scene, scene.target)
+        self.place_is_told = self.case.kind.endswith("/place")
 
     def play(self, use_tools: bool) -> None:
         best, count = self.case.order[0] + 1, len(self.case.candidates)
         crops = _draw(CROPS, self.rng) if use_tools else 0
-        thought = f"the {self.thing} {self.place} is too small to read"
+        mistaken = self._mistaken(MISSED_FIRST) if crops else None
+        thought = f"the {self.thing} {self._place(mistaken)} is too small to read"
         if not crops:
             return self.record.answer(f"{thought}; a guess.", self.case.order)
         if self.rng.random() < NEEDLESS_SELECT and self.record.calls_left > 1:
@@ -67,9 +75,10 @@ class _Search:
             thought = "still too small"
         read: list[int] = []
         for number in range(1, min(crops, count) + 1):
-            if not self._read(number, f"{thought}; look at {number}."):
+            if not self._read(number, f"{thought}; look at {number}.", mistaken):
                 break
             read.append(number)
+            mistaken = self._mistaken(MISSED_LATER)
             thought = finding(self.case, number)
         order = conclude(best, read, count)
         first = order[0] + 1
@@ -79,15 +88,27 @@ class _Search:
             ending = f"; {first} is left." if len(read) == count - 1 else f"; maybe {first}."
         self.record.answer(thought + ending if read else f"{thought}; a guess.", order)
 
-    def _read(self, number: int, thought: str) -> bool:
+    def _mistaken(self, share: float) -> int | None:
+        """What is taken for the target, if anything is."""
+        if self.rng.random() >= share:
+            return None
+        return self.likeness.mistaken(self.scene, self.rng, nearby=self.place_is_told)
+
+    def _place(self, mistaken: int | None) -> str:
+        """Where the target seems to be."""
+        return place_phrase(self.scene, self.scene.target if mistaken is None or self.place_is_told else mistaken)
+
+    def _read(self, number: int, thought: str, mistaken: int | None) -> bool:
         """Crops until the target is in view; whether it came into view before the calls ran out."""
-        scene, aim = self.case.candidates[number - 1].scene, self.rng.random() >= MISSED
+        scene = self.case.candidates[number - 1].scene
         while self.record.calls_left:
-            box = aim_box(scene, self.rng) if aim else miss_box(self.rng)
-            seen = self.record.call(thought, "crop_image", {"bbox_2d": box, "target_image": number}).refs[0].box
+            aim = scene if mistaken is None else dataclasses.replace(scene, target=mistaken)
+            arguments = {"bbox_2d": aim_box(aim, self.rng), "target_image": number}
+            seen = self.record.call(thought, "crop_image", arguments, loss=mistaken is None).refs[0].box
             if in_view(scene, seen):
                 return True
-            thought, aim = f"no {self.thing} there; look at {number} again.", True
+            mistaken = None
+            thought = f"no {self.thing} there; maybe {self._place(None)}; look at {number} again."
         return False
 
 
@@ -122,11 +143,6 @@ def aim_box(scene: Scene, rng: random.Random) -> list[float]:
 def box_around(thing: Placed, scene: Scene) -> list[float]:
     """The box that shows a thing best."""
     return _box(*_middle(thing, scene), max(sum(BOX_SIDES) / 2, _room(thing, scene)))
-
-
-def miss_box(rng: random.Random) -> list[float]:
-    """A box anywhere."""
-    return _box(rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.9), rng.uniform(*BOX_SIDES))
 
 
 def in_view(scene: Scene, seen: tuple[int, int, int, int]) -> bool:

@@ -17,6 +17,7 @@ from art import ARTISTS, Art
 from cases import Case, CaseMaker, Side, disguise, draw_view
 from concepts import Concept, caption, load_concepts
 from examples import Drawing, Example
+from likeness import Likeness
 from locating import NUM_THINGS, PICTURES_A_ROW, Exchange, ask, ask_middle, close_up, point_out, thinned
 from preset import INSPECT_PIXELS, OVERVIEW_PIXELS, PRESET
 from rows import NUM_LOOKS, Batch, Picture, Row, RowMaker, by_length, collate
@@ -139,8 +140,12 @@ class Source:
         return RowMaker(Tokenizer.from_file(str(self.processor / "tokenizer.json")))
 
     @functools.cached_property
+    def likeness(self) -> Likeness:
+        return Likeness(self.art, self.concepts)
+
+    @functools.cached_property
     def oracle(self) -> Oracle:
-        return Oracle(self.concepts, lambda text: len(self.rows.encode(text)))
+        return Oracle(self.concepts, lambda text: len(self.rows.encode(text)), self.likeness)
 
     @functools.cached_property
     def _train_pictures(self) -> list[Drawing]:
@@ -235,7 +240,7 @@ class Source:
         """A query and its candidates, and where in one of these the thing is that is asked for."""
         messages = _opening(case, prompt)
         shown = case.pictures(messages)
-        first, *others = _talk(point_out(case, rng))
+        first, *others = _talk(point_out(case, rng, self.likeness))
         messages[-1]["content"] += first["content"]
         return self.rows.row([*messages, *others], shown)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from cases import Case, Side
 from concepts import Concept
+from likeness import Likeness
 from preset import PRESET
 from record import Record
 from searching import search
@@ -54,12 +55,20 @@ class Oracle:
             All concepts, for the names of families.
         count_tokens (`Callable[[str], int]`):
             Length of a text for the model: thoughts are kept short.
+        likeness (`Likeness`):
+            Says what is taken for what in a scene.
         preset (`Preset`, *optional*):
             The protocol.
     """
 
-    def __init__(self, concepts: dict[str, Concept], count_tokens: Callable[[str], int], preset: Preset = PRESET):
-        self.concepts, self.count_tokens, self.preset = concepts, count_tokens, preset
+    def __init__(
+        self,
+        concepts: dict[str, Concept],
+        count_tokens: Callable[[str], int],
+        likeness: Likeness,
+        preset: Preset = PRESET,
+    ):
+        self.concepts, self.count_tokens, self.likeness, self.preset = concepts, count_tokens, likeness, preset
 
     def play(self, case: Case, rng: random.Random) -> Record:
         """
@@ -79,7 +88,7 @@ class Oracle:
         if use_tools:
             self._stumble(record, rng)
         if case.candidates[0].scene is not None:
-            search(record, rng, use_tools and record.calls_left > 0)
+            search(record, rng, use_tools and record.calls_left > 0, self.likeness)
         else:
             self._compare(record, rng, use_tools)
         return record
