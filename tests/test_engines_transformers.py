@@ -27,9 +27,9 @@ TURNS = [
 ]
 
 
-def make_task(picture, query_id: str, num_candidates: int = 3, images: bool = True) -> AgentTask:
+def make_task(picture, query_id: str, num_candidates: int = 3, images: int = 2) -> AgentTask:
     candidates = [
-        Item(text=f"text {i}", image=picture(90 + 40 * i, 120) if images and i < 2 else None)
+        Item(text=f"text {i}", image=picture(90 + 40 * i, 120) if i < images else None)
         for i in range(num_candidates)
     ]
     return AgentTask(Item(text=f"query {query_id}"), candidates, PRESET, query_id=query_id)
@@ -65,7 +65,7 @@ def play_one(engine, task) -> tuple[Trajectory, torch.Tensor]:
     return trajectory, torch.cat(rows)
 
 
-@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("images", [0, 1, 2])
 @pytest.mark.parametrize("num_calls", [0, 1, 2, 3])
 def test_cached_turns_equal_a_full_prefill(model, processor, picture, images, num_calls):
     script = [*TURNS[:num_calls], format_turn("so", format_answer([1, 0, 2]))]
@@ -85,7 +85,7 @@ def test_cached_turns_equal_a_full_prefill(model, processor, picture, images, nu
     assert logprobs == pytest.approx(expected, abs=1e-5, rel=5e-6)
 
 
-@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("images", [0, 1, 2])
 def test_cached_turns_differ_from_a_full_prefill_by_rounding_only(family, processor, picture, images):
     """In float64 every logit is the same to twelve digits, so what float32 is off by is no mistake."""
     script = [*TURNS, format_turn("so", format_answer([1, 0, 2]))]
@@ -99,7 +99,7 @@ def test_cached_turns_differ_from_a_full_prefill_by_rounding_only(family, proces
 
 def test_a_batch_gives_what_single_rows_give(model, processor, picture):
     """Conversations of different lengths start, pause and end at different times, in batches of three and alone."""
-    tasks = [make_task(picture, str(i), num_candidates=1 + i, images=i % 3 > 0) for i in range(7)]
+    tasks = [make_task(picture, str(i), num_candidates=1 + i, images=i % 3) for i in range(7)]
     rng = random.Random(0)
     scripts = {}
     for task in tasks:
@@ -199,7 +199,7 @@ def test_closing_in_the_middle_of_a_turn_leaves_the_others_as_they_were(model, p
 
 def test_what_went_wrong_in_one_conversation_stays_there(model, processor, picture):
     """A row that held NaN serves the next conversation as if it were new, beside a longer one."""
-    tasks = [make_task(picture, "0", num_candidates=2, images=False), make_task(picture, "1", num_candidates=4)]
+    tasks = [make_task(picture, "0", num_candidates=2, images=0), make_task(picture, "1", num_candidates=4)]
     script = lambda query_id, turn: format_answer(range(2 if query_id == "0" else 4))  # noqa: E731
     clean = play(ForcedEngine(model, processor, script), tasks)
     engine = ForcedEngine(model, processor, script)
@@ -394,7 +394,7 @@ def test_a_block_stops_where_the_context_ends(model, processor, picture):
     def run(block_tokens):
         engine = TransformersEngine(model, processor)
         engine._block_tokens = block_tokens
-        (opened,) = play(engine, [make_task(picture, "a", images=False)], Sampling(max_turn_tokens=1))
+        (opened,) = play(engine, [make_task(picture, "a", images=0)], Sampling(max_turn_tokens=1))
         engine.max_length = len(opened.turns[0].token_ids) + 21
         session = engine.open("a")
         prompt = opened.turns[0]
