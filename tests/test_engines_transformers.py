@@ -29,8 +29,7 @@ TURNS = [
 
 def make_task(picture, query_id: str, num_candidates: int = 3, images: int = 2) -> AgentTask:
     candidates = [
-        Item(text=f"text {i}", image=picture(90 + 40 * i, 120) if i < images else None)
-        for i in range(num_candidates)
+        Item(text=f"text {i}", image=picture(90 + 40 * i, 120) if i < images else None) for i in range(num_candidates)
     ]
     return AgentTask(Item(text=f"query {query_id}"), candidates, PRESET, query_id=query_id)
 

@@ -352,6 +352,67 @@ def option(words: list[str], name: str) -> str | None:
     return words[words.index(name) + 1] if name in words else None
 
 
+STUB = r"""#!/usr/bin/env bash
+{ printf '%s\x1f' "${0##*/}" "$@"; printf '%s\x1e' "${CUDA_VISIBLE_DEVICES:-all}"; } >> "$SAID"
+case " $* " in *" $BREAKS "*) exit 1 ;; esac
+"""
+
+
+def made(where: Path, breaks: str = "nothing", **variables: str) -> tuple[list[list[str]], int]:
+    """What `proof.mk` runs, in order, each with the GPUs it sees in the end; and how make ended."""
+    (where / "bin").mkdir(exist_ok=True)
+    for name in ("accelerate", "python"):
+        (where / "bin" / name).write_text(STUB)
+        (where / "bin" / name).chmod(0o755)
+    (where / "outputs/tiny/stage0").mkdir(parents=True, exist_ok=True)
+    if not (where / "recipes").exists():
+        (where / "recipes").symlink_to(RECIPE.parent)
+    (where / "said").write_text("")
+    environment = {"PATH": f"{where / 'bin'}:{os.environ['PATH']}", "SAID": str(where / "said"), "BREAKS": breaks}
+    command = ["make", "-k", "-f", "recipes/emoji/proof.mk", *(f"{name}={value}" for name, value in variables.items())]
+    done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True)
+    return [line.split("\x1f") for line in (where / "said").read_text().split("\x1e")[:-1]], done.returncode
+
+
+def gist(words: list[str]) -> tuple[str | None, ...]:
+    """What a line makes of what, however many GPUs it uses."""
+    steps = [word for word in words if word.endswith(".py") or word.startswith("vretrver_hf") or word == "sample"]
+    names = ("--model_name_or_path", "--dataset_name", "--seed", "--tools", "--reward", "--output_dir")
+    names += ("--model", "--data", "--out")
+    what = steps[-1].rpartition("/")[2]
+    return what, *(option(words, name) for name in names), "--no-tools" in words
+
+
+def test_the_makefile_runs_the_same_lines(launched, tmp_path):
+    lines, code = made(tmp_path)
+    told = {gist(words) for words in launched if Path(words[1]).name not in ("proof.py", "gallery.py")}
+    assert code == 0 and {gist(words) for words in lines} == told
+    # The data are made in one line there and in three here.
+    assert sum(words[1].endswith("build_data.py") for words in lines) == 3
+    assert (tmp_path / "outputs/emoji/proof/accepted/seconds.txt").read_text().strip().isdigit()
+    assert {words[-1] for words in lines if "vretrver_hf.training.grpo" in words} == {"0"}
+    again, _ = made(tmp_path)
+    assert again == []
+
+
+def test_the_makefile_uses_all_gpus(tmp_path):
+    lines, _ = made(tmp_path, GPUS="4")
+    grpo = [words[-1] for words in lines if "vretrver_hf.training.grpo" in words]
+    assert sorted(grpo) == ["0", "1", "1", "2", "2", "3"]
+    (sft,) = [words for words in lines if "vretrver_hf.training.sft" in words]
+    assert option(sft, "--num_processes") == "4" and option(sft, "--per_device_train_batch_size") == "32"
+    assert option(sft, "--gradient_accumulation_steps") == "1" and sft[-1] == "all"
+
+
+def test_the_makefile_goes_on_where_a_line_failed(tmp_path):
+    lines, code = made(tmp_path, breaks="sample")
+    names = {option(words, "--output_dir") for words in lines}
+    assert code != 0 and "outputs/emoji/proof/grpo-0" in names and "outputs/emoji/proof/rsft-0" not in names
+    again, code = made(tmp_path)
+    assert code == 0 and "sample" in again[0] and len({gist(words) for words in again}) == len(again)
+    assert not {gist(words) for words in again[1:]} & {gist(words) for words in lines}
+
+
 def test_trainings_parse(launched, tmp_path):
     from test_recipes import CLASSES
 

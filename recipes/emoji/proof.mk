@@ -1,0 +1,82 @@
+# The lines of *The proof* in README.md, all at once on the GPUs of one machine:
+#
+#     make -f recipes/emoji/proof.mk -j 12 GPUS=4
+#
+# from the root of the repository, with outputs/tiny/stage0 in its place. Each line begins as soon as what it needs is
+# there, and goes on where it stopped when make is run again. What a line says is in outputs/emoji/proof/logs.
+
+GPUS ?= 1
+PYTHON ?= python
+STEPS ?= $(shell sed -n 's/^max_steps: *\([0-9]*\).*/\1/p' recipes/emoji/grpo.yaml)
+SEEDS ?= 0 1
+
+P := outputs/emoji/proof
+RECIPE := recipes/emoji
+EXPORT := $(RECIPE)/data/export
+CONFIGS := recipes/accelerate_configs
+DONE := $(P)/done
+STAGE0 := outputs/tiny/stage0
+
+SETS := test test_artist
+GRPO := $(foreach seed,$(SEEDS),grpo-$(seed)) grpo-no-tools-0 $(foreach seed,$(SEEDS),full-$(seed)) full-need-0
+OFF := $(foreach seed,$(SEEDS),full-tools-off-$(seed))
+
+# A line's GPU: its place among all, so that neighbours get different ones.
+place = $(words $(shell printf '%s\n' $(GRPO) $(OFF) sft-0 rsft-0 | sed '/^$(1)$$/q'))
+on = CUDA_VISIBLE_DEVICES=$(shell echo $$(($(call place,$(1)) % $(GPUS))))
+say = > $(P)/logs/$(1).log 2>&1 && touch $@
+
+one := accelerate launch --config_file $(CONFIGS)/single_gpu.yaml -m
+# A port each: the runs of several processes are started at the same time.
+all = accelerate launch --config_file $(CONFIGS)/ddp.yaml --num_processes $(GPUS) --main_process_port $(1) -m
+ifeq ($(GPUS),1)
+team = $(one)
+batch :=
+else
+team = $(call all,$(1))
+batch = --per_device_train_batch_size $(shell echo $$((128 / $(GPUS)))) --gradient_accumulation_steps 1
+endif
+
+.PHONY: all
+all: $(foreach run,sft-0 rsft-0 $(GRPO) $(OFF),$(foreach set,$(SETS),$(DONE)/evaluate-$(run)-$(set)))
+
+$(DONE):
+	mkdir -p $(DONE) $(P)/logs $(P)/accepted
+
+$(DONE)/render: | $(DONE)
+	$(PYTHON) $(RECIPE)/build_data.py --steps render $(call say,render)
+
+$(DONE)/lessons $(DONE)/held-out: $(DONE)/%: $(DONE)/render
+	$(PYTHON) $(RECIPE)/build_data.py --steps $* $(call say,$*)
+
+$(DONE)/cold_start: $(DONE)/render
+	$(PYTHON) $(RECIPE)/cold_start.py $(call say,cold_start)
+
+$(DONE)/sft-0: $(DONE)/cold_start | $(STAGE0)
+	$(call team,29500) vretrver_hf.training.sft --config $(RECIPE)/sft.yaml --output_dir $(P)/sft-0 $(batch) \
+		$(call say,sft-0)
+
+$(DONE)/sample: $(DONE)/sft-0 $(DONE)/lessons
+	began=$$(date +%s) && $(call team,29501) vretrver_hf sample --model $(P)/sft-0 --data $(EXPORT)/rsft.parquet \
+		--out $(P)/accepted --batch-size 512 > $(P)/logs/sample.log 2>&1 && \
+		echo $$(($(GPUS) * ($$(date +%s) - began))) > $(P)/accepted/seconds.txt && touch $@
+
+$(DONE)/rsft-0: $(DONE)/sample
+	$(call team,29502) vretrver_hf.training.rsft --config $(RECIPE)/rsft.yaml --model_name_or_path $(P)/sft-0 \
+		--dataset_name $(P)/accepted --output_dir $(P)/rsft-0 $(batch) $(call say,rsft-0)
+
+base = $(if $(filter grpo-%,$(1)),sft-0,rsft-0)
+.SECONDEXPANSION:
+$(GRPO:%=$(DONE)/%): $(DONE)/%: $(DONE)/lessons $(DONE)/$$(call base,$$*)
+	$(call on,$*) $(one) vretrver_hf.training.grpo --config $(RECIPE)/grpo.yaml --model_name_or_path $(P)/$(call base,$*) \
+		--seed $(lastword $(subst -, ,$*)) --max_steps $(STEPS) --output_dir $(P)/$* \
+		$(if $(filter grpo-no-tools-%,$*),--tools false) $(if $(filter full-need-%,$*),--reward need) $(call say,$*)
+
+trained = $(subst full-tools-off,full,$(1))
+define evaluation
+$(DONE)/evaluate-$(1)-$(2): $(DONE)/$(call trained,$(1)) $(DONE)/held-out
+	$$(call on,$(1)) $(PYTHON) -m vretrver_hf.evaluation --model $(P)/$(call trained,$(1)) \
+		$(if $(filter full-tools-off-%,$(1)),--no-tools) --data $(EXPORT)/$(2).parquet --batch-size 256 --trajectories \
+		--out $(P)/evaluations/$(1)/$(2) $$(call say,evaluate-$(1)-$(2))
+endef
+$(foreach run,sft-0 rsft-0 $(GRPO) $(OFF),$(foreach set,$(SETS),$(eval $(call evaluation,$(run),$(set)))))
