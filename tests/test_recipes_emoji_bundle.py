@@ -41,11 +41,19 @@ def test_what_is_bundled_is_the_trained_model_in_half_precision(trained, model, 
     assert json.loads((tmp_path / "bundle/training.json").read_text()) == {"stage": "grpo"}
 
 
-def test_other_files_of_the_folder_stay(trained, tmp_path):
+def test_other_files_of_the_folder_stay_and_older_weights_do_not(trained, model, tmp_path):
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle/README.md").write_text("a card")
+    (tmp_path / "bundle/model.safetensors").write_bytes(b"older weights")
     main(trained, tmp_path / "bundle")
     assert (tmp_path / "bundle/README.md").read_text() == "a card"
+    bundled = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "bundle", dtype="auto")
+    assert torch.equal(bundled.lm_head.weight, model.lm_head.weight.to(torch.bfloat16))
+
+
+def test_a_trained_model_is_not_overwritten(trained):
+    with pytest.raises(typer.BadParameter, match="would be overwritten"):
+        main(trained, trained / ".." / trained.name)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

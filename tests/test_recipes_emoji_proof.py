@@ -6,6 +6,7 @@ import doctest
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -352,24 +353,52 @@ def option(words: list[str], name: str) -> str | None:
     return words[words.index(name) + 1] if name in words else None
 
 
-STUB = r"""#!/usr/bin/env bash
-{ printf '%s\x1f' "${0##*/}" "$@"; printf '%s\x1e' "${CUDA_VISIBLE_DEVICES:-all}"; } >> "$SAID"
-case " $* " in *" $BREAKS "*) exit 1 ;; esac
+STUB = r"""#!{python}
+import os, sys
+from pathlib import Path
+
+words = sys.argv[1:]
+with open(os.environ["SAID"], "a") as said:
+    said.write("\x1f".join(["python", *words, os.environ.get("CUDA_VISIBLE_DEVICES", "")]) + "\x1e")
+options = dict(zip(words, words[1:]))
+data = Path("recipes/emoji/data")
+needed = [options[name] for name in ("--model", "--model_name_or_path", "--dataset_name", "--data") if name in options]
+made = [options[name] for name in ("--output_dir", "--out") if name in options]
+for line, needs, makes in (
+    ("render", [], ["images"]),
+    ("lessons", ["images"], ["export/rsft.parquet", "export/grpo.parquet"]),
+    ("held-out", ["images"], ["export/test.parquet", "export/test_artist.parquet"]),
+    ("recipes/emoji/cold_start.py", ["images"], ["cold_start"]),
+    ("vretrver_hf.training.sft", ["cold_start"], []),
+    ("vretrver_hf.training.grpo", ["export/grpo.parquet"], []),
+):
+    if line in words:
+        needed += [data / name for name in needs]
+        made += [data / name for name in makes]
+assert all(map(os.path.exists, needed)), needed
+assert os.environ["BREAKS"] not in words
+for path in made:
+    Path(path).mkdir(parents=True, exist_ok=True)
 """
 
 
-def made(where: Path, breaks: str = "nothing", **variables: str) -> tuple[list[list[str]], int]:
+def made(
+    where: Path, breaks: str = "nothing", jobs: int = 1, cards: str | None = None, **variables: str
+) -> tuple[list[list[str]], int]:
     """What `proof.mk` runs, in order, each with the GPUs it sees in the end; and how make ended."""
     (where / "bin").mkdir(exist_ok=True)
-    for name in ("accelerate", "python"):
-        (where / "bin" / name).write_text(STUB)
-        (where / "bin" / name).chmod(0o755)
+    (where / "bin/python").write_text(STUB.replace("{python}", sys.executable))
+    (where / "bin/python").chmod(0o755)
     (where / "outputs/tiny/stage0").mkdir(parents=True, exist_ok=True)
-    if not (where / "recipes").exists():
-        (where / "recipes").symlink_to(RECIPE.parent)
+    (where / "recipes/emoji").mkdir(parents=True, exist_ok=True)
+    for name in ("proof.mk", "grpo.yaml"):
+        shutil.copy(RECIPE / name, where / "recipes/emoji")
     (where / "said").write_text("")
     environment = {"PATH": f"{where / 'bin'}:{os.environ['PATH']}", "SAID": str(where / "said"), "BREAKS": breaks}
-    command = ["make", "-k", "-f", "recipes/emoji/proof.mk", *(f"{name}={value}" for name, value in variables.items())]
+    if cards is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = cards
+    command = ["make", "-k", f"-j{jobs}", "-f", "recipes/emoji/proof.mk"]
+    command += [f"{name}={value}" for name, value in variables.items()]
     done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True)
     return [line.split("\x1f") for line in (where / "said").read_text().split("\x1e")[:-1]], done.returncode
 
@@ -383,25 +412,38 @@ def gist(words: list[str]) -> tuple[str | None, ...]:
     return what, *(option(words, name) for name in names), "--no-tools" in words
 
 
-def test_the_makefile_runs_the_same_lines(launched, tmp_path):
-    lines, code = made(tmp_path)
+@pytest.mark.parametrize("jobs", [1, 12])
+def test_the_makefile_runs_the_same_lines(launched, tmp_path, jobs):
+    """And each of them only once what it reads is there, of which the stand-in makes sure."""
+    lines, code = made(tmp_path, jobs=jobs)
     told = {gist(words) for words in launched if Path(words[1]).name not in ("proof.py", "gallery.py")}
     assert code == 0 and {gist(words) for words in lines} == told
     # The data are made in one line there and in three here.
     assert sum(words[1].endswith("build_data.py") for words in lines) == 3
+    for name in ("--config", "--batch-size"):
+        assert {option(words, name) for words in lines} == {option(words, name) for words in launched}
     assert (tmp_path / "outputs/emoji/proof/accepted/seconds.txt").read_text().strip().isdigit()
     assert {words[-1] for words in lines if "vretrver_hf.training.grpo" in words} == {"0"}
-    again, _ = made(tmp_path)
+    again, _ = made(tmp_path, jobs=jobs)
     assert again == []
 
 
-def test_the_makefile_uses_all_gpus(tmp_path):
-    lines, _ = made(tmp_path, GPUS="4")
-    grpo = [words[-1] for words in lines if "vretrver_hf.training.grpo" in words]
-    assert sorted(grpo) == ["0", "1", "1", "2", "2", "3"]
+@pytest.mark.parametrize(("cards", "names"), [(None, "0123"), ("4,5,6,7,8", "4567")], ids=["all", "some"])
+def test_the_makefile_uses_all_gpus(tmp_path, cards, names):
+    lines, _ = made(tmp_path, GPUS="4", cards=cards)
+    grpo = sorted(words[-1] for words in lines if "vretrver_hf.training.grpo" in words)
+    assert grpo == sorted(names + names[1:3])
     (sft,) = [words for words in lines if "vretrver_hf.training.sft" in words]
     assert option(sft, "--num_processes") == "4" and option(sft, "--per_device_train_batch_size") == "32"
-    assert option(sft, "--gradient_accumulation_steps") == "1" and sft[-1] == "all"
+    assert option(sft, "--gradient_accumulation_steps") == "1" and sft[-1] == ",".join(names)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cards"), [("3", None), ("2", "5")], ids=["that share no batch of 128", "that are not there"]
+)
+def test_the_makefile_refuses_gpus(tmp_path, gpus, cards):
+    lines, code = made(tmp_path, GPUS=gpus, cards=cards)
+    assert code != 0 and lines == []
 
 
 def test_the_makefile_goes_on_where_a_line_failed(tmp_path):

@@ -466,13 +466,16 @@ def test_a_question_comes_before_its_picture(source, form, kind):
 
 
 def test_pointing_at_what_a_query_asks_for(source):
-    rng, pointed = random.Random(3), set()
+    rng, pointed, hints = random.Random(3), set(), 0
     for task in ("overview", "detail"):
         for example in source._makers[task].make(30, 3):
             case = source.cases.plain(example)
             (question, *_), *_ = exchanges = point_out(case, rng, source.likeness)
             number = int(re.search(r"in (\d)\?", question)[1])
             scene = case.candidates[number - 1].scene
+            if wrong := re.match(r"It is not in (\[.*?\])\. ", question):
+                assert not in_view(scene, [scene.side * edge for edge in json.loads(wrong[1])])
+                hints += 1
             assert json.loads(exchanges[-1][1]) == box_around(scene.objects[scene.target], scene)
             if case.kind.endswith("/place"):
                 assert len(exchanges) == 1  # a place that the query names could be copied
@@ -481,6 +484,7 @@ def test_pointing_at_what_a_query_asks_for(source):
             assert task == "detail" or number - 1 == case.order[0]  # the others may not show it there, or at all
             pointed.add(number)
     assert pointed == {1, 2, 3, 4, 5}
+    assert 12 < hints < 36  # two in five of sixty
 
 
 def test_crops_are_read_and_what_follows_is_concluded(source):

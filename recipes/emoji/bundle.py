@@ -22,12 +22,16 @@ from vretrver_hf.cards import RECORD_NAME
 
 def main(
     trained: Annotated[Path, typer.Argument(help="Folder of a model that a stage of training wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; what else is in it stays.")],
+    out: Annotated[Path, typer.Option(help="Another folder to write; but for older weights, what is in it stays.")],
 ) -> None:
     """Write weights, tokenizer, processor, preset and the record of the training, ready to be loaded and shipped."""
     if not (trained / "config.json").is_file():
         raise typer.BadParameter(f"{trained} holds no model")
+    if out.resolve() == trained.resolve():
+        raise typer.BadParameter(f"--out {out} is the trained model, which would be overwritten; name another folder")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(trained, dtype=torch.float32)
+    for old in out.glob("model*.safetensors*"):
+        old.unlink()  # a file without shards would be loaded in place of the new ones
     save_model(model, trained, out)
     if (trained / RECORD_NAME).is_file():
         shutil.copy(trained / RECORD_NAME, out / RECORD_NAME)

@@ -12,7 +12,7 @@ from examples import Placed, Scene
 from likeness import Likeness
 from preset import PRESET
 from scenes import family, place_name, thing_phrase, value_phrase
-from searching import aim_box, box_around
+from searching import aim_box, box_around, shows
 
 
 PICTURES_A_ROW = 4
@@ -87,8 +87,7 @@ def point_out(case: Case, rng: random.Random, likeness: Likeness) -> list[Exchan
     if case.kind.startswith("detail"):  # all look alike from afar
         number = rng.randint(1, len(case.candidates))
     scene, told = case.sides[number].scene, case.kind.endswith("/place")
-    wrong = likeness.mistaken(scene, rng, nearby=told) if rng.random() < AGAIN else None
-    hint = "" if wrong is None else f"It is not in {_box(dataclasses.replace(scene, target=wrong))}. "
+    hint = _hint(scene, likeness.mistaken(scene, rng, nearby=told)) if rng.random() < AGAIN else ""
     if told:  # the query says it; a place could be copied
         return [(f"{hint}In which box is it in {number}?", _box(scene), 1.0)]
     place = place_name(scene, scene.target)
@@ -110,6 +109,16 @@ def close_up(case: Case, rng: random.Random) -> Case:
 
     candidates = [crop(number, side) for number, side in enumerate(case.candidates, start=1)]
     return dataclasses.replace(case, candidates=candidates)
+
+
+def _hint(scene: Scene, wrong: int | None) -> str:
+    """Where the target is not; nothing where the box of what is taken for it shows it too."""
+    if wrong is None:
+        return ""
+    box = box_around(scene.objects[wrong], scene)
+    if shows([scene.side * edge for edge in box], scene.objects[scene.target].box):
+        return ""
+    return f"It is not in {json.dumps(box)}. "
 
 
 def _name(thing: Placed, concepts: dict[str, Concept], reduced: bool) -> str:

@@ -2,8 +2,9 @@
 #
 #     make -f recipes/emoji/proof.mk -j 12 GPUS=4
 #
-# from the root of the repository, with outputs/tiny/stage0 in its place. Each line begins as soon as what it needs is
-# there, and goes on where it stopped when make is run again. What a line says is in outputs/emoji/proof/logs.
+# from the root of the repository, with outputs/tiny/stage0 and the data's art.zip and processor in their places. Each
+# line begins as soon as what it needs is there, and goes on where it stopped when make is run again. What a line says is
+# in outputs/emoji/proof/logs. Of the GPUs in CUDA_VISIBLE_DEVICES, where that is set, the first ones are used.
 
 GPUS ?= 1
 PYTHON ?= python
@@ -21,20 +22,29 @@ SETS := test test_artist
 GRPO := $(foreach seed,$(SEEDS),grpo-$(seed)) grpo-no-tools-0 $(foreach seed,$(SEEDS),full-$(seed)) full-need-0
 OFF := $(foreach seed,$(SEEDS),full-tools-off-$(seed))
 
+comma := ,
+space := $() $()
+cards := $(wordlist 1,$(GPUS),$(subst $(comma), ,$(or $(CUDA_VISIBLE_DEVICES),$(shell seq -s, 0 $$(($(GPUS) - 1))))))
+ifneq ($(words $(cards)),$(GPUS))
+$(error CUDA_VISIBLE_DEVICES names fewer than $(GPUS) GPUs)
+endif
 # A line's GPU: its place among all, so that neighbours get different ones.
 place = $(words $(shell printf '%s\n' $(GRPO) $(OFF) sft-0 rsft-0 | sed '/^$(1)$$/q'))
-on = CUDA_VISIBLE_DEVICES=$(shell echo $$(($(call place,$(1)) % $(GPUS))))
+on = CUDA_VISIBLE_DEVICES=$(word $(shell echo $$(($(call place,$(1)) % $(GPUS) + 1))),$(cards))
+on_all := CUDA_VISIBLE_DEVICES=$(subst $(space),$(comma),$(cards))
 say = > $(P)/logs/$(1).log 2>&1 && touch $@
 
-one := accelerate launch --config_file $(CONFIGS)/single_gpu.yaml -m
-# A port each: the runs of several processes are started at the same time.
-all = accelerate launch --config_file $(CONFIGS)/ddp.yaml --num_processes $(GPUS) --main_process_port $(1) -m
+launch := $(PYTHON) -m accelerate.commands.launch
+one := $(launch) --config_file $(CONFIGS)/single_gpu.yaml -m
 ifeq ($(GPUS),1)
-team = $(one)
+team := $(on_all) $(one)
 batch :=
 else
-team = $(call all,$(1))
-batch = --per_device_train_batch_size $(shell echo $$((128 / $(GPUS)))) --gradient_accumulation_steps 1
+ifneq ($(shell echo $$((128 % $(GPUS)))),0)
+$(error $(GPUS) GPUs cannot share a batch of 128; use 1, 2, 4 or 8)
+endif
+team := $(on_all) $(launch) --config_file $(CONFIGS)/ddp.yaml --num_processes $(GPUS) -m
+batch := --per_device_train_batch_size $(shell echo $$((128 / $(GPUS)))) --gradient_accumulation_steps 1
 endif
 
 .PHONY: all
@@ -53,16 +63,16 @@ $(DONE)/cold_start: $(DONE)/render
 	$(PYTHON) $(RECIPE)/cold_start.py $(call say,cold_start)
 
 $(DONE)/sft-0: $(DONE)/cold_start | $(STAGE0)
-	$(call team,29500) vretrver_hf.training.sft --config $(RECIPE)/sft.yaml --output_dir $(P)/sft-0 $(batch) \
+	$(team) vretrver_hf.training.sft --config $(RECIPE)/sft.yaml --output_dir $(P)/sft-0 $(batch) \
 		$(call say,sft-0)
 
 $(DONE)/sample: $(DONE)/sft-0 $(DONE)/lessons
-	began=$$(date +%s) && $(call team,29501) vretrver_hf sample --model $(P)/sft-0 --data $(EXPORT)/rsft.parquet \
+	began=$$(date +%s) && $(team) vretrver_hf sample --model $(P)/sft-0 --data $(EXPORT)/rsft.parquet \
 		--out $(P)/accepted --batch-size 512 > $(P)/logs/sample.log 2>&1 && \
 		echo $$(($(GPUS) * ($$(date +%s) - began))) > $(P)/accepted/seconds.txt && touch $@
 
 $(DONE)/rsft-0: $(DONE)/sample
-	$(call team,29502) vretrver_hf.training.rsft --config $(RECIPE)/rsft.yaml --model_name_or_path $(P)/sft-0 \
+	$(team) vretrver_hf.training.rsft --config $(RECIPE)/rsft.yaml --model_name_or_path $(P)/sft-0 \
 		--dataset_name $(P)/accepted --output_dir $(P)/rsft-0 $(batch) $(call say,rsft-0)
 
 base = $(if $(filter grpo-%,$(1)),sft-0,rsft-0)

@@ -71,7 +71,8 @@ class _Search:
             return self.record.answer(f"{thought}; a guess.", self.case.order)
         if self.rng.random() < NEEDLESS_SELECT and self.record.calls_left > 1:
             numbers = list(range(1, min(count, self.record.preset.max_selected or count) + 1))
-            self.record.call(f"{thought}; look at all.", "select_images", {"target_images": numbers})
+            arguments = {"target_images": numbers}
+            self.record.call(f"{thought}; look at all.", "select_images", arguments, loss=mistaken is None)
             thought = "still too small"
         read: list[int] = []
         for number in range(1, min(crops, count) + 1):
@@ -150,7 +151,7 @@ def in_view(scene: Scene, seen: tuple[int, int, int, int]) -> bool:
     return shows(seen, scene.objects[scene.target].box)
 
 
-def shows(seen: Sequence[int], box: Sequence[int]) -> bool:
+def shows(seen: Sequence[float], box: Sequence[int]) -> bool:
     """
     Whether a region shows enough of what stands in a box to read it.
 
