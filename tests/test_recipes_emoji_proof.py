@@ -391,8 +391,7 @@ def made(
     (where / "bin/python").chmod(0o755)
     (where / "outputs/tiny/stage0").mkdir(parents=True, exist_ok=True)
     (where / "recipes/emoji").mkdir(parents=True, exist_ok=True)
-    for name in ("proof.mk", "grpo.yaml"):
-        shutil.copy(RECIPE / name, where / "recipes/emoji")
+    shutil.copy(RECIPE / "proof.mk", where / "recipes/emoji")
     (where / "said").write_text("")
     environment = {"PATH": f"{where / 'bin'}:{os.environ['PATH']}", "SAID": str(where / "said"), "BREAKS": breaks}
     if cards is not None:

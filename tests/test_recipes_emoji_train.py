@@ -337,9 +337,8 @@ def test_two_rivals_are_told_apart_in_words(source):
     example.query, example.positive = Entry("a woman cook with dark skin", None, by_name[shown[3]]), 3
     example.candidates = [Entry(None, Drawing(artist, by_name[name]), by_name[name]) for name in shown]
     example.relevance = [0, 2, 0, 3]
-    oracle = Oracle(
-        source.concepts, lambda text: len(text.split()), source.likeness
-    )  # the toy tokenizer has few words
+    count_words = lambda text: len(text.split())  # noqa: E731 (the toy tokenizer has few words)
+    oracle = Oracle(source.concepts, count_words, source.likeness)
     texts = set()
     for seed in range(40):
         messages = oracle.play(source.cases.plain(example), random.Random(seed)).messages

@@ -8,7 +8,6 @@
 
 GPUS ?= 1
 PYTHON ?= python
-STEPS ?= $(shell sed -n 's/^max_steps: *\([0-9]*\).*/\1/p' recipes/emoji/grpo.yaml)
 SEEDS ?= 0 1
 
 P := outputs/emoji/proof
@@ -79,7 +78,7 @@ base = $(if $(filter grpo-%,$(1)),sft-0,rsft-0)
 .SECONDEXPANSION:
 $(GRPO:%=$(DONE)/%): $(DONE)/%: $(DONE)/lessons $(DONE)/$$(call base,$$*)
 	$(call on,$*) $(one) vretrver_hf.training.grpo --config $(RECIPE)/grpo.yaml --model_name_or_path $(P)/$(call base,$*) \
-		--seed $(lastword $(subst -, ,$*)) --max_steps $(STEPS) --output_dir $(P)/$* \
+		--seed $(lastword $(subst -, ,$*)) --output_dir $(P)/$* \
 		$(if $(filter grpo-no-tools-%,$*),--tools false) $(if $(filter full-need-%,$*),--reward need) $(call say,$*)
 
 trained = $(subst full-tools-off,full,$(1))
