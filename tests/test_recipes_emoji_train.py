@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import copy
 import dataclasses
 import json
 import random
@@ -32,7 +31,6 @@ from intervals import wilson
 from locating import PLACE_WEIGHT, ask, close_up, point_out, thinned
 from model import (
     change_looks,
-    compile_layers,
     embed,
     embed_parts,
     encode_group,
@@ -642,22 +640,6 @@ def test_the_loss_equals_the_plain_models(source, model, processor, table, fused
     counts = [int((row.weights > 0).sum()) for row in rows]
     mean = sum(loss * count for loss, count in zip(expected, counts, strict=True)) / sum(counts)
     assert losses.mean().item() == pytest.approx(mean, abs=1e-4)
-
-
-def test_compiled_layers_learn_the_same_of_rows_and_pictures_of_any_number(source, model, table):
-    compiled = copy.deepcopy(model)
-    compile_layers(compiled, backend="aot_eager")
-    assert [name for name, _ in compiled.named_parameters()] == [name for name, _ in model.named_parameters()]
-    for count in (2, 5):
-        rows = [source.rows.row(messages, shown) for _, messages, shown in _trajectories(source, count, seed=count)]
-        batch = collate(rows, source.rows.image_pad).to("cpu")
-        gradients = []
-        for each in (model, compiled):
-            each.zero_grad()
-            target_losses(each, batch, table)[0].sum().backward()
-            gradients.append({name: weight.grad for name, weight in each.named_parameters()})
-        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
-        model.zero_grad()
 
 
 def test_padding_changes_nothing(source, model, table):

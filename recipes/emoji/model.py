@@ -27,7 +27,6 @@ MERGE = 2
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
-_COMPILED = "_compiled_vision_layer"
 _CHANNEL_ORDERS = tuple(itertools.permutations(range(3)))
 
 
@@ -194,9 +193,9 @@ def encode_pictures(visual: nn.Module, patches: Tensor, size: tuple[int, int]) -
     kernel = visual.patch_embed.proj.weight.sum(dim=2).flatten(1)
     hidden = functional.linear(patches, kernel)
     rotation = visual.rotary_pos_emb(hidden, _patch_positions(size, patches.device))
-    layer = getattr(visual, _COMPILED, _vision_layer)
     for block in visual.blocks:
-        hidden = layer(block, hidden, rotation)
+        hidden = hidden + attend(block.attn, block.norm1(hidden), rotation)
+        hidden = hidden + block.mlp(block.norm2(hidden))
     return visual.merger(hidden).view(len(patches), -1, visual.config.out_hidden_size)
 
 
@@ -293,24 +292,6 @@ def losses_of(model: Qwen2_5_VLForConditionalGeneration, embeds: Tensor, batch: 
     return functional.cross_entropy(logits.float(), flat_ids[batch.targets], reduction="none"), logits
 
 
-def compile_layers(model: Qwen2_5_VLForConditionalGeneration, backend: str = "inductor") -> None:
-    """
-    Has `torch.compile` join the many small kernels of a layer, for any number and length of rows and pictures.
-
-    A layer's kernels are too small for a GPU to be busy while the host starts the next; of a model of this width that
-    is most of a step. All layers of a kind share what is compiled. The names of the weights stay.
-
-    Args:
-        model (`Qwen2_5_VLForConditionalGeneration`):
-            The model, to be used by [`embed`] and [`losses_of`].
-        backend (`str`, *optional*, defaults to `"inductor"`):
-            As in `torch.compile`.
-    """
-    for layer in model.model.language_model.layers:
-        layer.compile(dynamic=True, backend=backend)
-    setattr(model.model.visual, _COMPILED, torch.compile(_vision_layer, dynamic=True, backend=backend))
-
-
 @contextmanager
 def fused_norms() -> Iterator[None]:
     """Runs the model's norms as one kernel instead of six while the context lasts."""
@@ -325,11 +306,6 @@ def fused_norms() -> Iterator[None]:
 def _fused_norm(self: Qwen2_5_VLRMSNorm, hidden: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         return functional.rms_norm(hidden, self.weight.shape, self.weight.to(hidden.dtype), self.variance_epsilon)
-
-
-def _vision_layer(block: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    hidden = hidden + attend(block.attn, block.norm1(hidden), rotation)
-    return hidden + block.mlp(block.norm2(hidden))
 
 
 def _patch_positions(size: tuple[int, int], device: torch.device) -> Tensor:

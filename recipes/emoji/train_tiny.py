@@ -30,7 +30,7 @@ from choices import choice_share
 from evaluate import SETS
 from intervals import wilson
 from locating import PLACE_WEIGHT
-from model import compile_layers, embed_parts, fused_norms, losses_of, make_model, num_parameters, tiny_config
+from model import embed_parts, fused_norms, losses_of, make_model, num_parameters, tiny_config
 from muon import Muon
 from preset import MAX_TURN_TOKENS, PRESET, STRIDE, WINDOW
 from rows import Batch, share_pictures
@@ -314,8 +314,6 @@ class Run:
             Minutes from now after which to pause.
         device_type (`str`):
             Where to train: `"cuda"` or `"cpu"`.
-        compiled (`bool`):
-            Whether to compile the layers.
     """
 
     def __init__(
@@ -329,7 +327,6 @@ class Run:
         max_steps: int | None,
         pause_after: float | None,
         device_type: str,
-        compiled: bool,
     ):
         self.out, self.source, self.evaluate, self.resume, self.max_steps = out, source, evaluate, resume, max_steps
         self.minutes = minutes
@@ -345,8 +342,6 @@ class Run:
         self.table = load_table(source, device)
         tokenizer = AutoProcessor.from_pretrained(source.processor).tokenizer
         self.model = make_model(tiny_config(tokenizer), source.seed).to(device)
-        if compiled:
-            compile_layers(self.model)
         if self.team.leads:
             count, pictures = num_parameters(self.model), len(self.table)
             where = f"{self.team.size} × {device_type}, {workers} workers each"
@@ -415,14 +410,11 @@ def prepare(
         float | None, typer.Option(help="Minutes after which to pause, for --resume later.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where to train; cuda where there is one, else cpu.")] = "",
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the layers first; for trainings of minutes on a GPU.")
-    ] = False,
 ) -> None:
     source = Source(data, processor or data / "processor", seed)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
-    context.obj = lambda: Run(out, source, minutes, workers, evaluate, resume, max_steps, pause_after, where, compile)
+    context.obj = lambda: Run(out, source, minutes, workers, evaluate, resume, max_steps, pause_after, where)
 
 
 Rate = Annotated[float, typer.Option(help="Highest learning rate.")]
