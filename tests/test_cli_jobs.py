@@ -5,33 +5,57 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from vretrver_hf.cli.common import Mistake
 from vretrver_hf.cli.jobs import weights_digest
 
 
-def _model(folder: Path, weights: bytes) -> Path:
+def _model(folder: Path, trained: int) -> Path:
+    """A model of a trained layer between two that are frozen."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(weights)
+    frozen = np.arange(30_000, dtype=np.float32)
+    save_file({"a": frozen, "b": frozen + trained, "c": frozen}, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
 def _adapter(folder: Path, base: Path) -> Path:
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
-    (folder / "adapter_model.safetensors").write_bytes(b"lora")
+    save_file({"lora": np.zeros(1, np.float32)}, folder / "adapter_model.safetensors")
     return folder
 
 
-def test_other_weights_have_another_digest(tmp_path):
-    first = weights_digest(str(_model(tmp_path / "m", b"one")))
-    assert first == weights_digest(str(tmp_path / "m")) != weights_digest(str(_model(tmp_path / "m", b"two")))
+def test_weights_of_which_one_layer_was_trained_have_another_digest(tmp_path):
+    first = weights_digest(str(_model(tmp_path / "m", 0)))
+    assert first == weights_digest(str(_model(tmp_path / "m", 0))) != weights_digest(str(_model(tmp_path / "m", 1)))
     assert weights_digest(None) not in (first, "")
 
 
+def test_another_name_of_a_tensor_is_another_model(tmp_path):
+    digests = set()
+    for name in ("a", "b"):
+        folder = _model(tmp_path / "m", 0)
+        save_file({name: np.ones(3, np.float32)}, folder / "model.safetensors")
+        digests.add(weights_digest(str(folder)))
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 4, b"\xff" * 100, b"\x08" + b"\0" * 7 + b"no json!"])
+def test_a_broken_file_of_weights_is_named(tmp_path, content):
+    folder = _model(tmp_path / "m", 0)
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(Mistake, match=r"m/model\.safetensors is no safetensors file, or a part of one"):
+        weights_digest(str(folder))
+
+
 def test_an_adapter_is_told_by_its_base_too(tmp_path):
-    adapter = _adapter(tmp_path / "a", _model(tmp_path / "m", b"one"))
+    adapter = _adapter(tmp_path / "a", _model(tmp_path / "m", 0))
     first = weights_digest(str(adapter))
-    _model(tmp_path / "m", b"two")
+    _model(tmp_path / "m", 1)
     assert weights_digest(str(adapter)) != first
 
 

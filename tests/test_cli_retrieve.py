@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mbeir_files import write_mbeir
+from safetensors.numpy import save_file
 from test_cli_sample import run
 from test_retrieval import CHAT, unit
 from tiny_models import make_model, make_processor
@@ -152,9 +153,9 @@ def test_the_weights_of_sentence_transformers_are_those_of_its_modules(tmp_path)
     modules = [{"idx": 0, "name": "0", "path": "0_Model", "type": "x"}, {"idx": 1, "name": "1", "path": "1_Dense"}]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     seen = set()
-    for place, weights in (("0_Model", b"one"), ("1_Dense", b"two"), ("0_Model", b"three"), ("1_Dense", b"four")):
+    for weight, place in enumerate(["0_Model", "1_Dense"] * 2):
         (tmp_path / place).mkdir(exist_ok=True)
-        (tmp_path / place / "model.safetensors").write_bytes(weights)
+        save_file({"weight": np.full(1, weight)}, tmp_path / place / "model.safetensors")
         seen.add(_weights(str(tmp_path)))
     assert len(seen) == 4
 
