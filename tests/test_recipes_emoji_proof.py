@@ -141,18 +141,20 @@ class TestFigures:
     @pytest.mark.parametrize(
         ("crops", "first", "expected"),
         [
-            ([], 0, (0, 0, False, False, False, False)),
-            ([(1, BESIDE), (1, ON)], 0, (2, 1, True, False, True, True)),
-            ([(1, ON), (2, BESIDE)], 1, (2, 1, True, True, True, False)),  # seen, and passed over
-            ([(2, ON)], 0, (1, 1, True, True, False, False)),  # right without having seen it
+            ([], 0, (0, 0, False, False, 0, 0, False, False)),
+            ([(1, BESIDE), (1, ON)], 0, (2, 1, True, False, 1, 1, True, True)),
+            ([(1, BESIDE), (1, BESIDE), (2, BESIDE), (2, ON)], 2, (4, 1, True, False, 3, 1, False, False)),
+            ([(1, ON), (2, BESIDE)], 1, (2, 1, True, True, 0, 0, True, False)),  # seen, and passed over
+            ([(2, ON)], 0, (1, 1, True, True, 0, 0, False, False)),  # right without having seen it
         ],
-        ids=["no look", "beside, then on it", "passed over", "another one"],
+        ids=["no look", "beside, then on it", "beside for long", "passed over", "another one"],
     )
     def test_what_came_of_looks(self, crops, first, expected):
         order = [first, *(place for place in range(3) if place != first)]
         turns = [{"turns": [crop(index, box) for index, box in crops]}]
         facts = query_facts(QueryResult(["0", "1", "2"], order, {"0": 1}, "ok", [], turns), [TARGET] * 3)
-        names = ("crops", "on_target", "looked", "first_on_target", "in_view", "right_in_view")
+        shares = ("looked", "first_on_target", "after_miss", "found_after_miss", "in_view", "right_in_view")
+        names = ("crops", "on_target", *shares)
         assert tuple(facts[name] for name in names) == expected
 
     def test_groups_are_tasks_and_kinds_of_scenes(self, root):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,10 +55,16 @@ MEANS = ("hit@1", "mrr", "calls", "tokens", "ok")
 """Means over queries."""
 BOUNDED = ("hit@1", "mrr", "ok")
 """Those of them that lie between 0 and 1."""
-SHARES = {"valid_calls": "calls", "on_target": "crops", "first_on_target": "looked", "right_in_view": "in_view"}
+SHARES = {
+    "valid_calls": "calls",
+    "on_target": "crops",
+    "first_on_target": "looked",
+    "found_after_miss": "after_miss",
+    "right_in_view": "in_view",
+}
 """Shares of something that queries have more or less of: valid ones of the calls; of the crops that a tool made of a
-scene, those that show what is asked for; of the first crops of queries, the same; of the queries in which a crop shows
-what is asked for of the right candidate, those that are right."""
+scene, those that show what is asked for; the same of the first crops of queries, and of those that follow one which
+does not; of the queries in which a crop shows what is asked for of the right candidate, those that are right."""
 COMPARED = ("hit@1", "mrr", "calls", "tokens")
 CURVES = {
     "reward": "reward",
@@ -213,6 +220,7 @@ def query_facts(result: QueryResult, targets: Sequence[Sequence[int]]) -> dict[s
         if ref["box"] and ref["index"] and targets[ref["index"] - 1]
     ]
     in_view = any(is_right and on_target for is_right, on_target in crops)
+    after_miss = [after for (_, before), (_, after) in itertools.pairwise(crops) if not before]
     return {
         "calls": sum(window.calls for window in windows),
         "valid_calls": sum(window.valid_calls for window in windows),
@@ -222,6 +230,8 @@ def query_facts(result: QueryResult, targets: Sequence[Sequence[int]]) -> dict[s
         "on_target": sum(on_target for _, on_target in crops),
         "looked": bool(crops),
         "first_on_target": bool(crops) and crops[0][1],
+        "after_miss": len(after_miss),
+        "found_after_miss": sum(after_miss),
         "in_view": in_view,
         "right_in_view": in_view and result.reranked[0] in right,
     }
