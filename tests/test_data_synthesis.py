@@ -484,7 +484,7 @@ class TestRealServer:
         plays as it does alone, and says of each picture that it calls for what that shows.
         """
         monkeypatch.setattr(synthesis, "annotation_prompt", lambda *args: "")
-        (sample,) = [sample for sample in load_samples() if sample.id == "detail-test_combination-2026-000012"]
+        (sample,) = [sample for sample in load_samples() if sample.id == "detail-test_combination-2026-000002"]
         ((trajectory,), _) = self.synthesize(tmp_path, served_model, [sample])
         turns = trajectory.turns[1:]
         rounds = list(zip(turns[::2], turns[1::2], turns[2::2], strict=False))
@@ -499,7 +499,7 @@ class TestRealServer:
             )
             assert shown.index == number and observation.valid
             assert shown.box[0] <= left < right <= shown.box[2] and shown.box[1] <= top < bottom <= shown.box[3]
-            assert f"{number} shows {sample.candidates[number - 1].id}:" in telling.thought
+            assert f"{number} shows a {sample.candidates[number - 1].id}:" in telling.thought
 
     def synthesize(self, folder, url, samples) -> tuple:
         examples = [RerankExample(s.id, s.query, s.candidates, [s.positive], s.task) for s in samples]
