@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 
 from vretrver_hf.cli.common import Mistake
 from vretrver_hf.cli.jobs import weights_digest
@@ -44,12 +46,32 @@ def test_another_name_of_a_tensor_is_another_model(tmp_path):
     assert len(digests) == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 4, b"\xff" * 100, b"\x08" + b"\0" * 7 + b"no json!"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0" * 4, b"\xff" * 100, b"\x08" + b"\0" * 7 + b"no json!", b"\x02" + b"\0" * 7 + b"[]"],
+    ids=["empty", "shorter than its length", "a length beyond all", "no JSON", "no table"],
+)
 def test_a_broken_file_of_weights_is_named(tmp_path, content):
     folder = _model(tmp_path / "m", 0)
     (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(Mistake, match=r"m/model\.safetensors is no safetensors file, or a part of one"):
+    with pytest.raises(Mistake, match=r"m/model\.safetensors is no whole safetensors file: \S"):
         weights_digest(str(folder))
+
+
+def test_a_file_of_weights_that_was_cut_off_is_named(tmp_path):
+    path = _model(tmp_path / "m", 0) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(Mistake, match=r"m/model\.safetensors is no whole safetensors file"):
+        weights_digest(str(path.parent))
+
+
+def test_scalars_empty_tensors_and_bfloat16_have_digests_too(tmp_path):
+    folder, digests = _model(tmp_path / "m", 0), set()
+    for value in (1.0, 2.0):
+        tensors = {"scalar": torch.tensor(value), "none": torch.empty(0, 3), "half": torch.ones(2, 2).bfloat16()}
+        save_torch(tensors, folder / "model.safetensors")
+        digests.add(weights_digest(str(folder)))
+    assert len(digests) == 2
 
 
 def test_an_adapter_is_told_by_its_base_too(tmp_path):

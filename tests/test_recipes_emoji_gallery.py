@@ -60,6 +60,7 @@ TRACES = {
     "guessed": (DETAIL, [GOOD], set()),
     "right by exclusion": (DETAIL, [hit(1), GOOD], set()),
     "another look at the same": (DETAIL, [miss(2), hit(2), GOOD], {"recovery"}),
+    "another look at another": (DETAIL, [miss(1), hit(1), GOOD], set()),  # right without having seen it
     "refused, then met": (DETAIL, [REFUSED, hit(2), GOOD], {"recovery"}),
     "never met": (DETAIL, [miss(2), GOOD], set()),
     "gave up on one": (DETAIL, [miss(1), hit(2), GOOD], set()),

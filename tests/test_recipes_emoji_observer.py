@@ -76,6 +76,7 @@ class TestArithmetic:
     def test_wilson(self):
         assert np.allclose(wilson(50, 100), (0.40383, 0.59617), atol=1e-5)
         assert np.allclose(wilson(20, 20), (0.83887, 1), atol=1e-5)
+        assert wilson(0, 2)[0] == 0 and wilson(20, 20)[1] == 1  # not -1e-17, which is printed as -0.0 %
 
     @pytest.mark.parametrize(
         ("thing", "ref", "window"),

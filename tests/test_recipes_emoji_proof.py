@@ -157,6 +157,11 @@ class TestFigures:
         names = ("crops", "on_target", *shares)
         assert tuple(facts[name] for name in names) == expected
 
+    def test_looks_of_another_window_do_not_follow(self):
+        windows = [{"turns": [crop(1, BESIDE)]}, {"turns": [crop(1, ON)]}]
+        facts = query_facts(QueryResult(["0", "1"], [0, 1], {"0": 1}, "ok", [], windows), [TARGET] * 2)
+        assert (facts["crops"], facts["on_target"], facts["after_miss"]) == (2, 1, 0)
+
     def test_groups_are_tasks_and_kinds_of_scenes(self, root):
         groups = summarize(root)["models"][1]["sets"]["test"]
         expected = ["all", "detail", "overview", "t2i", "detail/clock/blob", "detail/face/place", "overview/any"]

@@ -105,11 +105,13 @@ class Trace:
 
 
 def recovered(trace: Trace) -> bool:
-    """A detail put first after a crop beside it and a later one of the same candidate that shows it; or, after a call
-    that was refused, any later crop that shows one."""
+    """A detail put first after a crop of its scene beside it, or a call that was refused, and a later crop that shows
+    it."""
     looks = trace.looks if trace.is_detail and trace.is_right else []
     return any(
-        later.on_target and (first.on_target is False and later.number == first.number or first.turn.valid is False)
+        later.on_target
+        and later.number == trace.positive + 1
+        and (first.on_target is False and first.number == later.number or first.turn.valid is False)
         for first, later in itertools.combinations(looks, 2)
     )
 

@@ -147,7 +147,7 @@ def detail_table(proof: Proof) -> str:
     columns = {
         "crops on target": "on_target",
         "first crops on target": "first_on_target",
-        "crops after a miss": "found_after_miss",
+        "crops on target after a miss": "found_after_miss",
         "right, once the right candidate was in view": "right_in_view",
     }
     rows = []

@@ -63,8 +63,8 @@ SHARES = {
     "right_in_view": "in_view",
 }
 """Shares of something that queries have more or less of: valid ones of the calls; of the crops that a tool made of a
-scene, those that show what is asked for; the same of the first crops of queries, and of those that follow one which
-does not; of the queries in which a crop shows what is asked for of the right candidate, those that are right."""
+scene, those on target, which show what is asked for; the same of the first crops of queries, and of crops whose last
+one before, of any candidate, was beside; of the queries with a crop on target of the right candidate, those right."""
 COMPARED = ("hit@1", "mrr", "calls", "tokens")
 CURVES = {
     "reward": "reward",
@@ -211,16 +211,20 @@ def query_facts(result: QueryResult, targets: Sequence[Sequence[int]]) -> dict[s
     """What a query cost, how many of the crops of scenes showed what was asked for, and what came of it."""
     windows = result.windows
     right = {str(key) for key in result.relevant}
-    crops = [
-        (result.coarse[ref["index"] - 1] in right, shows(ref["box"], targets[ref["index"] - 1]))
+    by_window = [
+        [
+            (result.coarse[ref["index"] - 1] in right, shows(ref["box"], targets[ref["index"] - 1]))
+            for turn in trajectory["turns"]
+            if turn["role"] == "observation"
+            for ref in turn["images"]
+            if ref["box"] and ref["index"] and targets[ref["index"] - 1]
+        ]
         for trajectory in result.trajectories or ()
-        for turn in trajectory["turns"]
-        if turn["role"] == "observation"
-        for ref in turn["images"]
-        if ref["box"] and ref["index"] and targets[ref["index"] - 1]
     ]
+    crops = [crop for window in by_window for crop in window]
     in_view = any(is_right and on_target for is_right, on_target in crops)
-    after_miss = [after for (_, before), (_, after) in itertools.pairwise(crops) if not before]
+    pairs = (pair for window in by_window for pair in itertools.pairwise(window))
+    after_miss = [after for (_, before), (_, after) in pairs if not before]
     return {
         "calls": sum(window.calls for window in windows),
         "valid_calls": sum(window.valid_calls for window in windows),
