@@ -125,7 +125,8 @@ def _alternating(completions, **columns) -> list[float]:
 
 
 def _examples() -> list[RerankExample]:
-    samples = [sample for sample in load_samples() if sample.task in ("text-to-image", "image-to-image")]
+    """Those that the bundled model makes calls for."""
+    samples = [sample for sample in load_samples() if sample.task == "text-to-detail"]
     return [RerankExample(s.id, s.query, s.candidates, [s.positive]) for s in samples]
 
 
@@ -156,7 +157,7 @@ def _make_trainer(precision, folder, tower=False, examples=None, **arguments) ->
         examples or _examples(),
         processing_class=AutoProcessor.from_pretrained(bundled_model()),
         preset=get_preset(settings.pop("name"), **{**settings, "max_calls": 1}),
-        max_turn_tokens=64,
+        max_turn_tokens=96,
     )
 
 
