@@ -172,6 +172,12 @@ def ratio(batches) -> float:
     return torch.cat([differences(batch)[0].sum(1).exp() for batch in batches]).mean().item()
 
 
+def gap(batches) -> float:
+    """Mean over the tokens of how far trainer and vLLM are apart in their log-probabilities."""
+    apart, written = zip(*map(differences, batches), strict=True)
+    return (sum(each.abs().sum() for each in apart) / sum(mask.sum() for mask in written)).item()
+
+
 def assert_reads_the_same(trainer) -> None:
     """vLLM read what the trainer learns from, pads and all, and both pictures of prompts and of tools were in it."""
     assert trainer.vllm_generation.llm.read == trainer.asked
@@ -236,7 +242,7 @@ def trained(make_trainer, monkeypatch, resets) -> RecordingTrainer:
         tower=True,
         examples=_examples()[:1],
         max_steps=4,
-        learning_rate=1e-4,
+        learning_rate=3e-4,
         lr_scheduler_type="constant",
         per_device_train_batch_size=4,
     )
@@ -252,7 +258,7 @@ def trained(make_trainer, monkeypatch, resets) -> RecordingTrainer:
 @on(["bfloat16"])
 @pytest.mark.parametrize("resets", [True])
 def test_a_tower_that_is_trained(trained):
-    assert ratio(trained.batches[1:]) >= 0.9
+    assert gap(trained.batches[1:]) <= 0.005
 
 
 @pytest.mark.nightly
@@ -260,8 +266,8 @@ def test_a_tower_that_is_trained(trained):
 @pytest.mark.parametrize("resets", [False])
 def test_a_tower_that_is_trained_while_vllm_keeps_old_features(trained):
     """What the reset of the encoder cache is for. Where this fails, TRL does it itself and ours can go."""
-    assert ratio(trained.batches[:1]) >= 0.9
-    assert ratio(trained.batches[1:]) < 0.75
+    assert gap(trained.batches[:1]) <= 0.005
+    assert gap(trained.batches[1:]) > 0.02
 
 
 @on(["float32"])
