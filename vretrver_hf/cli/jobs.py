@@ -233,7 +233,7 @@ def tell(summary: Summary, out: Path, reasons: Mapping[str, str] | None = None) 
     if summary.errors:
         key, error = next(iter(summary.errors.items()))
         queries = "1 query" if len(summary.errors) == 1 else f"{len(summary.errors)} queries"
-        print(f"{queries} failed, first {key}: {one_line(str(error))}", file=sys.stderr)
+        print(f"{queries} failed, first {key}: {one_line(error)}", file=sys.stderr)
     if not summary.total.kept:
         raise Mistake(f"nothing was accepted, so there is nothing to train on; {out / 'README.md'} says why")
     print(f"\n{out.absolute()}")
