@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
 from vretrver_hf.cli.common import Mistake
-from vretrver_hf.cli.jobs import weights_digest
+from vretrver_hf.cli.jobs import tell_memory, weights_digest
 
 
 def _model(folder: Path, trained: int) -> Path:
@@ -83,3 +83,12 @@ def test_an_adapter_is_told_by_its_base_too(tmp_path):
 
 def test_an_endpoint_keeps_its_weights_to_itself():
     assert weights_digest("V-Retrver/V-Retrver-7B", "openai") == "behind an endpoint"
+
+
+def test_memory_is_told_where_a_gpu_was_used(monkeypatch, capsys):
+    tell_memory()
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3_260_000_000)
+    tell_memory()
+    assert capsys.readouterr().out == "\nGPU memory: 3.3 GB at most\n"

@@ -31,6 +31,7 @@ import gallery  # noqa: E402
 import proof  # noqa: E402
 import proof_runs  # noqa: E402
 import searching  # noqa: E402
+import train_tiny  # noqa: E402
 from export import write_parquet  # noqa: E402
 from proof_runs import (  # noqa: E402
     CURVES,
@@ -265,7 +266,7 @@ def trained(root) -> Path:
         sft = {"stage": "sft", "seconds": 15.0, "processes": 4, "datasets": ["nowhere"], "before": None}
         rsft = {"stage": "rsft", "seconds": 30.0, "processes": 1, "datasets": [str(accepted)], "before": sft}
         record = {"stage": "grpo", "seconds": 300.0, "processes": 1, "datasets": ["x"], "before": rsft}
-        record["device"] = "a GPU"
+        record |= {"device": "a GPU", "memory_gb": 9.5}
         (folder / "training.json").write_text(json.dumps(record))
     return root
 
@@ -283,7 +284,7 @@ class TestTraining:
 
     def test_minutes_are_those_of_all_stages(self, trained):
         folder = trained.parent / "full-0"
-        told = {"stages": ["sft", "rsft", "grpo"], "training": 6.5, "sampling": None, "device": "a GPU"}
+        told = {"stages": ["sft", "rsft", "grpo"], "training": 6.5, "sampling": None, "memory": 9.5, "device": "a GPU"}
         assert training_minutes(folder) == told
         assert proof._minutes([told]) == "6.5 + sampling"
         (folder / "accepted" / "seconds.txt").write_text("90\n")
@@ -292,7 +293,11 @@ class TestTraining:
         # The record of a training that was interrupted knows its last part only, its logs know all steps.
         state(folder, 20, [{"step": step, "reward": 0, "step_time": 60.0} for step in (1, 2, 4, 20)])
         assert training_minutes(folder)["training"] == 1.5 + 20
-        assert training_minutes(trained)["stages"] == [] and proof._minutes([training_minutes(trained)]) == "–"
+        unknown = [training_minutes(trained)]
+        assert unknown[0]["stages"] == [] and proof._minutes(unknown) == proof._memory(unknown) == "–"
+
+    def test_memory_is_that_of_the_seed_that_held_most(self):
+        assert proof._memory([{"memory": 9.5}, {"memory": 12.0}, {"memory": None}, {}]) == "12.0"
 
 
 class TestReport:
@@ -302,7 +307,7 @@ class TestReport:
         rows = [" ".join(line.split()) for line in told.splitlines()]
         (full,) = (row for row in rows if row.startswith("| SFT, RSFT, GRPO | 4 | 75.0 ["))
         assert "] | 100.0, 50.0 | 0.8" in full and "| 50.0 [50.0, 50.0] |" in full
-        assert full.endswith("| 1.25 | 60.0 | 112 | 100.0 | 6.5 + sampling |")
+        assert full.endswith("| 1.25 | 60.0 | 112 | 100.0 | 6.5 + sampling | 9.5 |")
         (difference,) = (row for row in rows if row.startswith("| SFT, RSFT, GRPO | SFT, RSFT | +25.0 ["))
         assert "| – |" in difference  # the artist, whom one was not asked
         assert "| detail | artist | 2 | – | 50.0 [50.0, 50.0] |" in rows
@@ -376,6 +381,7 @@ for line, needs, makes in (
     ("lessons", ["images"], ["export/rsft.parquet", "export/grpo.parquet"]),
     ("held-out", ["images"], ["export/test.parquet", "export/test_artist.parquet"]),
     ("recipes/emoji/cold_start.py", ["images"], ["cold_start"]),
+    ("recipes/emoji/train_tiny.py", ["images"], [Path("outputs/tiny/stage0").absolute()]),
     ("vretrver_hf.training.sft", ["cold_start"], []),
     ("vretrver_hf.training.grpo", ["export/grpo.parquet"], []),
 ):
@@ -396,7 +402,6 @@ def made(
     (where / "bin").mkdir(exist_ok=True)
     (where / "bin/python").write_text(STUB.replace("{python}", sys.executable))
     (where / "bin/python").chmod(0o755)
-    (where / "outputs/tiny/stage0").mkdir(parents=True, exist_ok=True)
     (where / "recipes/emoji").mkdir(parents=True, exist_ok=True)
     shutil.copy(RECIPE / "proof.mk", where / "recipes/emoji")
     (where / "said").write_text("")
@@ -426,7 +431,7 @@ def test_the_makefile_runs_the_same_lines(launched, tmp_path, jobs):
     assert code == 0 and {gist(words) for words in lines} == told
     # The data are made in one line there and in three here.
     assert sum(words[1].endswith("build_data.py") for words in lines) == 3
-    for name in ("--config", "--batch-size"):
+    for name in ("--config", "--batch-size", "--num-samples", "--minutes", "--base"):
         assert {option(words, name) for words in lines} == {option(words, name) for words in launched}
     assert (tmp_path / "outputs/emoji/proof/accepted/seconds.txt").read_text().strip().isdigit()
     assert {words[-1] for words in lines if "vretrver_hf.training.grpo" in words} == {"0"}
@@ -442,6 +447,8 @@ def test_the_makefile_uses_all_gpus(tmp_path, cards, names):
     (sft,) = [words for words in lines if "vretrver_hf.training.sft" in words]
     assert option(sft, "--num_processes") == "4" and option(sft, "--per_device_train_batch_size") == "32"
     assert option(sft, "--gradient_accumulation_steps") == "1" and sft[-1] == ",".join(names)
+    (stage0,) = [words for words in lines if "recipes/emoji/train_tiny.py" in words]
+    assert option(stage0, "--nproc-per-node") == "4" and stage0[-1] == ",".join(names)
 
 
 @pytest.mark.parametrize(
@@ -450,6 +457,13 @@ def test_the_makefile_uses_all_gpus(tmp_path, cards, names):
 def test_the_makefile_refuses_gpus(tmp_path, gpus, cards):
     lines, code = made(tmp_path, GPUS=gpus, cards=cards)
     assert code != 0 and lines == []
+
+
+def test_the_makefile_uses_a_stage_0_that_is_there(tmp_path):
+    (tmp_path / "outputs/tiny/stage0").mkdir(parents=True)
+    (tmp_path / "outputs/tiny/stage0/reranker_config.json").touch()
+    lines, code = made(tmp_path)
+    assert code == 0 and not any("recipes/emoji/train_tiny.py" in words for words in lines)
 
 
 def test_the_makefile_goes_on_where_a_line_failed(tmp_path):
@@ -500,6 +514,10 @@ def test_all_else_parses(launched):
             command, rest = typer.main.get_command(app).commands[name], words[3:]
             assert option(words, "--model") in trained
             runs.append((Path(option(words, "--out")).parent.name, Path(option(words, "--out")).name))
+        elif words[1] == "recipes/emoji/train_tiny.py":
+            group, place = typer.main.get_command(train_tiny.app), words.index("stage0")
+            group.make_context("train_tiny", words[2 : place + 1])
+            command, rest = group.commands["stage0"], words[place + 1 :]
         elif words[0] == "vretrver":
             command, rest = typer.main.get_command(app).commands[words[1]], words[2:]
         else:

@@ -57,6 +57,7 @@ def test_a_finished_model_is_pushed_with_what_ran(command, tmp_path):
     record = json.loads(files["training.json"])
     assert (record["stage"], record["steps"], record["processes"]) == ("sft", 1, 1)
     assert record["settings"]["per_device_train_batch_size"] == 2 and record["loss"] > 0
+    assert record["memory_gb"] is None  # no GPU
     assert not {"output_dir", "hub_token", "dataset_name"} & set(record["settings"])
     assert "| sft | base (a local folder) | data (a local folder) | 1 |" in files["README.md"].decode()
     assert "training_args.bin" not in files and str(tmp_path) not in files["README.md"].decode()

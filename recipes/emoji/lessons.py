@@ -45,8 +45,8 @@ GRPO_TASKS = {
 }
 """Shares of the tasks in what each of them asks."""
 PLACED_FIRST = 0.08
-"""Share of GRPO's queries, from the first, whose details all have a place; of the others half have one. Ten steps:
-after fifty, the model had forgotten where things without a place are."""
+"""Share of GRPO's queries, from the first, whose details all have a place; of the others half have one. Thirteen steps
+of the recipe: after fifty, the model had forgotten where things without a place are."""
 TRIES = 1000
 """Draws in a row without a new query after which a task counts as exhausted."""
 

@@ -2,9 +2,10 @@
 #
 #     make -f recipes/emoji/proof.mk -j 12 GPUS=4
 #
-# from the root of the repository, with outputs/tiny/stage0 and the data's art.zip and processor in their places. Each
-# line begins as soon as what it needs is there, and goes on where it stopped when make is run again. What a line says is
-# in outputs/emoji/proof/logs. Of the GPUs in CUDA_VISIBLE_DEVICES, where that is set, the first ones are used.
+# from the root of the repository, with the data's art.zip and processor in their places. Each line begins as soon as
+# what it needs is there, and goes on where it stopped when make is run again. An outputs/tiny/stage0 that is there is
+# used. What a line says is in outputs/emoji/proof/logs. Of the GPUs in CUDA_VISIBLE_DEVICES, where that is set, the
+# first ones are used.
 
 GPUS ?= 1
 PYTHON ?= python
@@ -37,12 +38,14 @@ launch := $(PYTHON) -m accelerate.commands.launch
 one := $(launch) --config_file $(CONFIGS)/single_gpu.yaml -m
 ifeq ($(GPUS),1)
 team := $(on_all) $(one)
+torchrun := $(on_all) $(PYTHON)
 batch :=
 else
 ifneq ($(shell echo $$((128 % $(GPUS)))),0)
 $(error $(GPUS) GPUs cannot share a batch of 128; use 1, 2, 4 or 8)
 endif
 team := $(on_all) $(launch) --config_file $(CONFIGS)/ddp.yaml --num_processes $(GPUS) -m
+torchrun := $(on_all) $(PYTHON) -m torch.distributed.run --nproc-per-node $(GPUS)
 batch := --per_device_train_batch_size $(shell echo $$((128 / $(GPUS)))) --gradient_accumulation_steps 1
 endif
 
@@ -55,19 +58,24 @@ $(DONE):
 $(DONE)/render: | $(DONE)
 	$(PYTHON) $(RECIPE)/build_data.py --steps render $(call say,render)
 
+# `nice`, since stage 0 trains against the clock at the same time, and needs some cores.
 $(DONE)/lessons $(DONE)/held-out: $(DONE)/%: $(DONE)/render
-	$(PYTHON) $(RECIPE)/build_data.py --steps $* $(call say,$*)
+	nice $(PYTHON) $(RECIPE)/build_data.py --steps $* $(call say,$*)
 
 $(DONE)/cold_start: $(DONE)/render
-	$(PYTHON) $(RECIPE)/cold_start.py $(call say,cold_start)
+	nice $(PYTHON) $(RECIPE)/cold_start.py $(call say,cold_start)
 
-$(DONE)/sft-0: $(DONE)/cold_start | $(STAGE0)
+$(DONE)/stage0: $(DONE)/render
+	(test -e $(STAGE0)/reranker_config.json || $(torchrun) $(RECIPE)/train_tiny.py --out outputs/tiny --minutes 6 \
+		--seed 4 --resume stage0 --base vretrver_hf/assets/vretrver-tiny) $(call say,stage0)
+
+$(DONE)/sft-0: $(DONE)/stage0 $(DONE)/cold_start
 	$(team) vretrver_hf.training.sft --config $(RECIPE)/sft.yaml --output_dir $(P)/sft-0 $(batch) \
 		$(call say,sft-0)
 
 $(DONE)/sample: $(DONE)/sft-0 $(DONE)/lessons
 	began=$$(date +%s) && $(team) vretrver_hf sample --model $(P)/sft-0 --data $(EXPORT)/rsft.parquet \
-		--out $(P)/accepted --batch-size 512 > $(P)/logs/sample.log 2>&1 && \
+		--out $(P)/accepted --num-samples 4 --batch-size 512 > $(P)/logs/sample.log 2>&1 && \
 		echo $$(($(GPUS) * ($$(date +%s) - began))) > $(P)/accepted/seconds.txt && touch $@
 
 $(DONE)/rsft-0: $(DONE)/sample

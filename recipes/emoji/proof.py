@@ -108,7 +108,7 @@ def tables(proof: Proof) -> str:
 def main_table(proof: Proof) -> str:
     """Each model in a row: on all held-out combinations, on details and overviews, and on the unseen artist."""
     head = ["model", "n", "R@1", "of each seed", "MRR", "detail R@1", "detail calls", "crops on target"]
-    head += ["overview R@1", "overview calls", "unseen artist R@1", "calls", "valid", "tokens", "ok", "GPU minutes"]
+    head += ["overview R@1", "overview calls", "unseen artist R@1", "calls", "valid", "tokens", "ok", "GPU minutes", "GPU GB"]
     rows = []
     for model in proof["models"]:
         groups, artist = model["sets"].get(MAIN, {}), model["sets"].get(ARTIST, {})
@@ -117,7 +117,7 @@ def main_table(proof: Proof) -> str:
         cells += [_number(whole, "mrr", 3), _rate(detail, "hit@1"), _mean(detail, "calls"), _share(whole, "on_target")]
         cells += [_rate(overview, "hit@1"), _mean(overview, "calls"), _rate(artist.get(ALL, {}), "hit@1")]
         cells += [_mean(whole, "calls"), _share(whole, "valid_calls"), _mean(whole, "tokens", 0), _share(whole, "ok")]
-        rows.append([*cells, _minutes(model["minutes"])])
+        rows.append([*cells, _minutes(model["minutes"]), _memory(model["minutes"])])
     return markdown_table(head, rows)
 
 
@@ -297,6 +297,12 @@ def _minutes(seeds: list[Proof]) -> str:
     total = np.mean([seed["training"] + (seed["sampling"] or 0) for seed in seeds])
     unknown = any("rsft" in seed["stages"] and seed["sampling"] is None for seed in seeds)
     return f"{total:.1f}" + (" + sampling" if unknown else "")
+
+
+def _memory(seeds: list[Proof]) -> str:
+    """The most that the last stage of any seed held."""
+    known = [seed["memory"] for seed in seeds if seed.get("memory") is not None]
+    return f"{max(known):.1f}" if known else "–"
 
 
 if __name__ == "__main__":

@@ -381,11 +381,13 @@ def training_minutes(model: Path) -> dict[str, Any]:
 
     Returns:
         `dict`: `stages`; `training`, minutes of training; `sampling`, minutes of `vretrver sample` where the launch
-            line noted them beside what was accepted; `device`.
+            line noted them beside what was accepted; `memory`, most GB that PyTorch held on a GPU in the last stage, as
+            far as known; `device`.
     """
     path = model / "training.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     stages, training, sampling, device = [], 0.0, None, record and record["device"]
+    memory = record and record.get("memory_gb")
     if record is not None:
         record["seconds"] = max(record["seconds"] or 0.0, _stepping(model))
     while record is not None:
@@ -397,7 +399,7 @@ def training_minutes(model: Path) -> dict[str, Any]:
         record = record["before"]
     minutes = {"training": training, "sampling": sampling}
     rounded = {name: None if seconds is None else round(seconds / 60, 2) for name, seconds in minutes.items()}
-    return {"stages": stages, **rounded, "device": device}
+    return {"stages": stages, **rounded, "memory": memory, "device": device}
 
 
 def _stepping(model: Path) -> float:

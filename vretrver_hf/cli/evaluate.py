@@ -30,6 +30,7 @@ from .jobs import (
     check_folder,
     mistakes,
     quiet_datasets,
+    tell_memory,
     weights_digest,
 )
 
@@ -259,4 +260,5 @@ def _tell(results: Results, out: Path) -> None:
         key, error = next(iter(results.errors.items()))
         queries = "1 query" if len(results.errors) == 1 else f"{len(results.errors)} queries"
         print(f"{queries} failed, first {key}: {one_line(error)}", file=sys.stderr)
+    tell_memory()
     print(f"\n{out.absolute()}")

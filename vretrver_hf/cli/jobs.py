@@ -221,6 +221,14 @@ class Progress(Bar):
         self.step(f"accepted {percent(self._accepted, self._sampled)}{failed}")
 
 
+def tell_memory() -> None:
+    """Prints the most memory that PyTorch held on this process's GPU, where it used one."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        print(f"\nGPU memory: {torch.cuda.max_memory_reserved() / 1e9:.1f} GB at most")
+
+
 def tell(summary: Summary, out: Path, reasons: Mapping[str, str] | None = None) -> None:
     """
     Prints what came of a job: tables, what failed on standard error, and as last line the folder.
@@ -236,4 +244,5 @@ def tell(summary: Summary, out: Path, reasons: Mapping[str, str] | None = None) 
         print(f"{queries} failed, first {key}: {one_line(error)}", file=sys.stderr)
     if not summary.total.kept:
         raise Mistake(f"nothing was accepted, so there is nothing to train on; {out / 'README.md'} says why")
+    tell_memory()
     print(f"\n{out.absolute()}")

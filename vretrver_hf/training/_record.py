@@ -57,6 +57,7 @@ def write_record(trainer: Trainer, model_args: ModelConfig, arguments: StageArgu
         "epochs": state.epoch,
         "processes": args.world_size,
         "device": _device_name(args),
+        "memory_gb": _memory(args),
         "seconds": logs.get("train_runtime"),
         "loss": logs.get("train_loss"),
         "settings": {name: value for name, value in changed.items() if name not in _UNTOLD},
@@ -75,6 +76,11 @@ def _changed(settings: Any) -> dict[str, Any]:
         if value != default and isinstance(value, (str, int, float, bool, list, dict)):
             told[field.name] = value.value if isinstance(value, enum.Enum) else value
     return told
+
+
+def _memory(args: TrainingArguments) -> float | None:
+    """Most memory that PyTorch held on the first process's GPU, in GB of 10⁹ bytes."""
+    return round(torch.cuda.max_memory_reserved(args.device) / 1e9, 2) if args.device.type == "cuda" else None
 
 
 def _device_name(args: TrainingArguments) -> str:
