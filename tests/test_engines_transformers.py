@@ -237,9 +237,20 @@ def test_a_failing_prefill_tells_its_cause_and_frees_its_rows(model, processor, 
     assert [trajectory.status for trajectory in play(engine, tasks)] == ["ok"] * 3
 
 
+def test_the_cache_grows_once_for_all_that_wait(model, processor, picture, monkeypatch):
+    """With each batch anew, a GPU's allocator would keep as many sizes of it as there are batches."""
+    engine = ForcedEngine(
+        model, processor, lambda query_id, turn: format_answer([0, 1, 2]), max_sessions=7, prefill_tokens=600
+    )
+    enlarged, calls = _slot_cache._enlarged, []
+    monkeypatch.setattr(_slot_cache, "_enlarged", lambda old, *size: calls.append(size) or enlarged(old, *size))
+    play(engine, [make_task(picture, str(i)) for i in range(7)])
+    assert len(calls) == 4 and {rows for rows, _ in calls} == {7}  # keys and values, in two layers
+
+
 @pytest.mark.parametrize("succeed", range(4))  # of keys and values, in two layers
 def test_full_memory_while_the_cache_grows_tells_what_to_lower(model, processor, picture, monkeypatch, succeed):
-    """A second conversation comes while the first one writes: the cache may grow in some layers, and half in one."""
+    """What is written needs more columns: the cache may grow in some layers, and half in one."""
     script = lambda query_id, turn: format_answer([0, 1, 2])  # noqa: E731
     engine = ForcedEngine(model, processor, script, max_sessions=2, prefill_tokens=600)
     tasks = [make_task(picture, str(i)) for i in range(2)]
@@ -247,14 +258,15 @@ def test_full_memory_while_the_cache_grows_tells_what_to_lower(model, processor,
     enlarged, calls = _slot_cache._enlarged, []
 
     def full(old, rows, columns):
-        calls.append(rows)
-        if calls.count(2) > succeed:
+        calls.extend([rows] * (old.numel() > 0))
+        if len(calls) > succeed:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return enlarged(old, rows, columns)
 
     loop = AgentLoop(engine)
     with monkeypatch.context() as patch:
         patch.setattr(_slot_cache, "_enlarged", full)
+        patch.setattr(_slot_cache, "_GROWTH", 0)
         with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory") as caught:
             list(loop.run(tasks))
     assert caught.value.__notes__ == [

@@ -50,6 +50,13 @@ class SlotCache(Cache):
         self._plan.fresh = fresh
         self._plan.num_rows = columns.shape[0] if rows is None else int(rows.max()) + 1
 
+    def expect(self, rows: int, columns: int) -> None:
+        """
+        Says what the next forward passes will need in all, so that memory grows once and not with each of them: what
+        is outgrown is too small for what comes next, and a GPU's allocator keeps it.
+        """
+        self._plan.expected = rows, columns
+
     @property
     def version(self) -> int:
         """Another number whenever the memory for keys and values has moved."""
@@ -77,6 +84,7 @@ class SlotCache(Cache):
             if layer.is_initialized and row == 0:
                 layer.is_initialized = False
                 layer.keys = layer.values = None
+                self._plan.expected = 0, 0
                 self._plan.version += 1
             elif layer.is_initialized and row < layer.keys.shape[0]:
                 layer.keys[row] = 0
@@ -90,6 +98,7 @@ class _Plan:
         self.length = 0
         self.fresh = True
         self.num_rows = 0
+        self.expected = 0, 0
         self.version = 0
 
 
@@ -114,7 +123,7 @@ class _SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         plan = self._plan
-        self.grow(plan.num_rows, plan.length)
+        self.grow(max(plan.num_rows, plan.expected[0]), max(plan.length, plan.expected[1]))
         rows = torch.arange(key_states.shape[0], device=key_states.device) if plan.rows is None else plan.rows
         # Advanced indices around a slice: the result is (batch, tokens, heads, width).
         self.keys[rows[:, None], :, plan.columns] = key_states.transpose(1, 2).to(self.keys.dtype)

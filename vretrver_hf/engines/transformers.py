@@ -236,6 +236,10 @@ class TransformersEngine(Engine):
     def _prefill(self) -> list[TurnResult]:
         """Brings in waiting turns, as many at a time as fit, and samples each one's first token."""
         results: list[TurnResult] = []
+        if self._waiting:
+            fresh = sum(session.row is None for session in self._waiting)
+            longest = max(session.num_tokens + len(session.pending.token_ids) for session in self._waiting)
+            self._cache.expect(min(len(self._rows) + fresh, self.max_sessions), longest)
         while batch := self._next_batch():
             logits = self._forward_prefill(batch)
             for session in batch:
