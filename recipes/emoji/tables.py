@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from evaluate import CANDIDATES
+from rows import FACTOR
 
 
 Row = dict[str, Any]
@@ -72,7 +73,8 @@ def kinds_table(rows: list[Row]) -> str:
 
 def draw_plot(rows: list[Row], path: Path) -> None:
     """
-    R@1 against tokens a query, one line a task, one point an overview budget, with tools and without.
+    R@1 against tokens a query, one line a task, with tools and without, and one point an overview budget: beside it
+    stands the side of a square that fits.
 
     Args:
         rows (`list[dict]`): What `evaluate.py` measured.
@@ -84,23 +86,26 @@ def draw_plot(rows: list[Row], path: Path) -> None:
     for colour, task in zip(("tab:blue", "tab:green", "tab:red"), PLOTTED, strict=True):
         for tools, style in ((True, "-"), (False, "--")):
             points = sorted(
-                (row["tokens"], row["r1"], *row["interval"], round(row["overview_pixels"] ** 0.5))
+                (row["overview_pixels"], row["tokens"], row["r1"], *row["interval"])
                 for row in rows
                 if (row["task"], row["split"], row["tools"]) == (task, "test_combination", tools)
             )
             if not points:
                 continue
-            tokens, rates, low, high, sides = zip(*points, strict=True)
+            budgets, tokens, rates, low, high = zip(*points, strict=True)
             spread = np.abs(np.array([low, high]) - np.array(rates))
             label = f"{task}, {'tools' if tools else 'no tools'}"
             axes.errorbar(tokens, rates, spread, color=colour, linestyle=style, marker="o", capsize=3, label=label)
-            for x, y, side in zip(tokens, rates, sides, strict=True):
-                axes.annotate(f"{side} px", (x, y), textcoords="offset points", xytext=(4, 5), fontsize=7)
+            above = {"t2i": 5, "overview": -11, "detail": 5}[task]  # the first two are side by side
+            for x, y, budget in zip(tokens, rates, budgets, strict=True):
+                side = int(budget**0.5) // FACTOR * FACTOR
+                axes.annotate(f"{side} px", (x, y), textcoords="offset points", xytext=(4, above), fontsize=7)
     axes.axhline(1 / CANDIDATES, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="tokens a query (prompt, pictures, turns)", ylabel="R@1 of 5", ylim=(0, 1))
+    axes.margins(x=0.08)
+    axes.set(xlabel="tokens a query (prompt, pictures, turns)", ylabel="R@1 of 5", ylim=(0, 1.08))
     axes.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
 
 
