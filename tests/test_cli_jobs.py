@@ -85,10 +85,14 @@ def test_an_endpoint_keeps_its_weights_to_itself():
     assert weights_digest("V-Retrver/V-Retrver-7B", "openai") == "behind an endpoint"
 
 
-def test_memory_is_told_where_a_gpu_was_used(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("initialized", "held", "told"),
+    [(False, [], ""), (True, [0, 0], ""), (True, [0, 3_260_000_000], "\nGPU memory: 3.3 GB at most\n")],
+    ids=["no GPU", "none in this process", "the second"],
+)
+def test_memory_is_told_where_a_gpu_was_used(monkeypatch, capsys, initialized, held, told):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(held))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", held.__getitem__)
     tell_memory()
-    assert capsys.readouterr().out == ""
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3_260_000_000)
-    tell_memory()
-    assert capsys.readouterr().out == "\nGPU memory: 3.3 GB at most\n"
+    assert capsys.readouterr().out == told

@@ -8,7 +8,7 @@ from scripted import ForcedEngine
 
 from vretrver_hf import Item
 from vretrver_hf.agent import AgentTask, play
-from vretrver_hf.engines import Sampling, _graphs
+from vretrver_hf.engines import Sampling, _graphs, _slot_cache
 from vretrver_hf.engines._graphs import DecodeGraphs, _Recorded
 from vretrver_hf.engines.transformers import TransformersEngine
 from vretrver_hf.protocol import format_answer, format_call, format_turn, get_preset
@@ -61,7 +61,7 @@ def test_filled_up_passes_give_what_plain_ones_give(model, processor, tasks, scr
     engine = recorded(ForcedEngine(model, processor, script, max_sessions=5, prefill_tokens=2000), replaying)
     engine._block_tokens = block_tokens
     assert_same(play(engine, tasks), expected)
-    sizes = set(engine._pass._graphs)
+    sizes = {size for size, uses in engine._pass._uses.items() if uses > _graphs._PLAIN_USES}  # what is recorded
     assert {rows for rows, _ in sizes} <= {5, 2, 1} and len(sizes) > 1
 
 
@@ -86,6 +86,25 @@ def test_what_was_recorded_is_forgotten_when_the_cache_moves(model, processor, t
     assert len(count) == 2 * first
 
 
+def test_the_cache_grows_once_for_prompts_and_passes(model, processor, tasks, script, monkeypatch):
+    """Recorded passes fill up rows and columns; that is foreseen when the prompts come in."""
+    monkeypatch.setattr(_graphs, "_PLAIN_USES", 0)
+    engine = ForcedEngine(model, processor, lambda query_id, turn: format_answer([0]), max_sessions=8)
+    enlarged, sizes = _slot_cache._enlarged, []
+    monkeypatch.setattr(_slot_cache, "_enlarged", lambda old, *size: sizes.append(size) or enlarged(old, *size))
+    play(recorded(engine, replaying), tasks[:6])
+    assert len(sizes) == 4 and {rows for rows, _ in sizes} == {8}  # keys and values, in two layers
+
+
+def test_a_prefill_that_failed_leaves_no_expectation(model, processor, tasks, script, monkeypatch):
+    engine = ForcedEngine(model, processor, script)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.features, "_compute", lambda images: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            play(engine, tasks)
+    assert engine._cache._plan.expected == (0, 0)
+
+
 def test_where_nothing_can_be_recorded_passes_stay_plain(model, processor, tasks, script, monkeypatch, caplog):
     def fail(function):
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -101,7 +120,7 @@ def test_where_nothing_can_be_recorded_passes_stay_plain(model, processor, tasks
     [(512, 700, (512, 768)), (129, 256, (512, 256)), (128, 257, (128, 512)), (3, 1, (8, 256)), (1, 9, (1, 256))],
 )  # fmt: skip
 def test_few_sizes(rows, length, size):
-    assert DecodeGraphs(None, None, 512)._size(rows, length) == size
+    assert DecodeGraphs(None, None, 512).size(rows, length) == size
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -38,6 +38,15 @@ def make_task(picture, query_id: str, num_candidates: int = 3, images: int = 2) 
     return AgentTask(Item(text=f"query {query_id}"), candidates, PRESET, query_id=query_id)
 
 
+def begin(engine, task):
+    """A conversation whose first turn waits."""
+    pictures = [None, *(item.load_image() if item.image is not None else None for item in task.candidates)]
+    messages = build_messages(task.query, task.candidates, PRESET)
+    session = engine.open(task.query_id)
+    engine.submit(session, engine.encoder.prompt(messages, pictures.__getitem__, PRESET), Sampling())
+    return session
+
+
 def full_logits(model, engine, task, trajectory) -> torch.Tensor:
     """Rows of logits that the sampled tokens are drawn from, of one plain forward pass over the whole conversation."""
     items = [task.query, *task.candidates]
@@ -184,12 +193,7 @@ def test_closing_in_the_middle_of_a_turn_leaves_the_others_as_they_were(model, p
         return format_turn("x" * lengths[query_id], format_answer([0, 1, 2]))
 
     engine = ForcedEngine(model, processor, script, max_sessions=3)
-    sessions = []
-    for task in tasks:
-        pictures = [None, *(item.load_image() if item.image is not None else None for item in task.candidates)]
-        messages = build_messages(task.query, task.candidates, PRESET)
-        sessions.append(engine.open(task.query_id))
-        engine.submit(sessions[-1], engine.encoder.prompt(messages, pictures.__getitem__, PRESET), Sampling())
+    sessions = [begin(engine, task) for task in tasks]
     assert [result.session for result in engine.poll(sessions)] == [sessions[1]]
     engine.close(sessions[1])
     engine.close(sessions[0])  # in the middle of its turn: row 2 moves into its place
@@ -246,6 +250,39 @@ def test_the_cache_grows_once_for_all_that_wait(model, processor, picture, monke
     monkeypatch.setattr(_slot_cache, "_enlarged", lambda old, *size: calls.append(size) or enlarged(old, *size))
     play(engine, [make_task(picture, str(i)) for i in range(7)])
     assert len(calls) == 4 and {rows for rows, _ in calls} == {7}  # keys and values, in two layers
+
+
+@pytest.mark.parametrize("succeed", range(4))  # of keys and values, in two layers
+def test_full_memory_when_another_conversation_joins(model, processor, picture, monkeypatch, succeed):
+    """While the first one writes, the cache may get a second row in some layers, and half in one."""
+    script = lambda query_id, turn: format_turn("x" * 90, format_answer([0, 1, 2]))  # noqa: E731
+    engine = ForcedEngine(model, processor, script, max_sessions=2)
+    tasks = [make_task(picture, str(i)) for i in range(2)]
+    (expected,) = play(ForcedEngine(model, processor, script), tasks[:1])
+    sessions, rows = [begin(engine, tasks[0])], []
+    enlarged = _slot_cache._enlarged
+
+    def join():
+        if sessions[0].decoding and len(sessions) == 1:
+            sessions.append(begin(engine, tasks[1]))
+
+    def full(old, *size):
+        rows.extend([size[0]] * (old.numel() > 0))
+        if len(rows) > succeed:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return enlarged(old, *size)
+
+    engine.on_token = join
+    with monkeypatch.context() as patch:
+        patch.setattr(_slot_cache, "_enlarged", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.poll(sessions)
+    assert rows == [2] * (succeed + 1)
+    engine.on_token = None
+    for session in sessions:
+        engine.close(session)
+    assert not engine._rows and not engine._waiting
+    assert play(engine, tasks)[0].token_ids == expected.token_ids
 
 
 @pytest.mark.parametrize("succeed", range(4))  # of keys and values, in two layers

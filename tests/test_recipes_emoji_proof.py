@@ -382,7 +382,7 @@ for line, needs, makes in (
     ("held-out", ["images"], ["export/test.parquet", "export/test_artist.parquet"]),
     ("recipes/emoji/cold_start.py", ["images"], ["cold_start"]),
     ("recipes/emoji/train_tiny.py", ["images"], [Path("outputs/tiny/stage0").absolute()]),
-    ("vretrver_hf.training.sft", ["cold_start"], []),
+    ("vretrver_hf.training.sft", ["cold_start", Path("outputs/tiny/stage0").absolute()], []),
     ("vretrver_hf.training.grpo", ["export/grpo.parquet"], []),
 ):
     if line in words:
@@ -464,6 +464,13 @@ def test_the_makefile_uses_a_stage_0_that_is_there(tmp_path):
     (tmp_path / "outputs/tiny/stage0/reranker_config.json").touch()
     lines, code = made(tmp_path)
     assert code == 0 and not any("recipes/emoji/train_tiny.py" in words for words in lines)
+
+
+def test_the_makefile_stops_where_stage_0_failed(tmp_path):
+    lines, code = made(tmp_path, breaks="stage0")
+    assert code != 0 and not any("vretrver_hf.training.sft" in words for words in lines)
+    again, code = made(tmp_path)
+    assert code == 0 and "recipes/emoji/train_tiny.py" in again[0]
 
 
 def test_the_makefile_goes_on_where_a_line_failed(tmp_path):

@@ -381,8 +381,8 @@ def training_minutes(model: Path) -> dict[str, Any]:
 
     Returns:
         `dict`: `stages`; `training`, minutes of training; `sampling`, minutes of `vretrver sample` where the launch
-            line noted them beside what was accepted; `memory`, most GB that PyTorch held on a GPU in the last stage,
-            as far as known; `device`.
+            line noted them beside what was accepted; `memory`, most GB that PyTorch held on the first GPU in the last
+            stage, since its last start and as far as known; `device`.
     """
     path = model / "training.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

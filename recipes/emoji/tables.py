@@ -1,6 +1,6 @@
-"""Tables and a plot out of what `evaluate.py` measured and what `observer.py` says can be seen at all.
+"""Tables and a plot out of what `evaluate.py` measured.
 
-python recipes/emoji/tables.py recipes/emoji/results/*.json --plot recipes/emoji/results/foveation.svg
+python recipes/emoji/tables.py recipes/emoji/results/vretrver-tiny.json --plot recipes/emoji/results/foveation.svg
 """
 
 from __future__ import annotations
@@ -95,14 +95,18 @@ def draw_plot(rows: list[Row], path: Path) -> None:
             budgets, tokens, rates, low, high = zip(*points, strict=True)
             spread = np.abs(np.array([low, high]) - np.array(rates))
             label = f"{task}, {'tools' if tools else 'no tools'}"
-            axes.errorbar(tokens, rates, spread, color=colour, linestyle=style, marker="o", capsize=3, label=label)
-            above = {"t2i": 5, "overview": -11, "detail": 5}[task]  # the first two are side by side
+            face = colour if tools else "white"
+            axes.errorbar(tokens, rates, spread, color=colour, ls=style, marker="o", mfc=face, capsize=3, label=label)
+            # Single pictures and overviews stand side by side.
+            above, slant = {"t2i": (5, 45), "overview": (-11, 0), "detail": (5, 0)}[task]
             for x, y, budget in zip(tokens, rates, budgets, strict=True):
                 side = int(budget**0.5) // FACTOR * FACTOR
-                axes.annotate(f"{side} px", (x, y), textcoords="offset points", xytext=(4, above), fontsize=7)
+                axes.annotate(
+                    f"{side} px", (x, y), textcoords="offset points", xytext=(4, above), rotation=slant, fontsize=7
+                )
     axes.axhline(1 / CANDIDATES, color="grey", linewidth=0.8, linestyle=":")
     axes.margins(x=0.08)
-    axes.set(xlabel="tokens a query (prompt, pictures, turns)", ylabel="R@1 of 5", ylim=(0, 1.08))
+    axes.set(xlabel="tokens a query (prompt, pictures, turns)", ylabel="R@1 of 5", ylim=(0, 1.15))
     axes.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -222,11 +222,14 @@ class Progress(Bar):
 
 
 def tell_memory() -> None:
-    """Prints the most memory that PyTorch held on this process's GPU, where it used one."""
+    """Prints the most memory that PyTorch held for this process on a GPU, where it used one."""
     import torch
 
-    if torch.cuda.is_initialized():
-        print(f"\nGPU memory: {torch.cuda.max_memory_reserved() / 1e9:.1f} GB at most")
+    if not torch.cuda.is_initialized():
+        return
+    held = max(torch.cuda.max_memory_reserved(place) for place in range(torch.cuda.device_count()))
+    if held:
+        print(f"\nGPU memory: {held / 1e9:.1f} GB at most")
 
 
 def tell(summary: Summary, out: Path, reasons: Mapping[str, str] | None = None) -> None:

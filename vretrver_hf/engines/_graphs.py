@@ -61,7 +61,7 @@ class DecodeGraphs:
         self, tokens: torch.Tensor, columns: torch.Tensor, positions: torch.Tensor, length: int
     ) -> torch.Tensor:
         """Hidden states (rows × width), which the next pass overwrites."""
-        size = self._size(len(tokens), length)
+        size = self.size(len(tokens), length)
         self._uses[size] += 1
         if not self._works or self._uses[size] <= _PLAIN_USES:
             return self._run(tokens, columns, positions, length)
@@ -78,7 +78,8 @@ class DecodeGraphs:
                 return self._run(tokens, columns, positions, length)
         return self._graphs[size](tokens, columns, positions)
 
-    def _size(self, rows: int, length: int) -> tuple[int, int]:
+    def size(self, rows: int, length: int) -> tuple[int, int]:
+        """Rows and columns of the cache that a pass over so many uses, filled up."""
         size = self._max_rows
         while -(-size // _ROWS) >= rows and size > 1:
             size = -(-size // _ROWS)

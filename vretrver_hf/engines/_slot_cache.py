@@ -53,7 +53,7 @@ class SlotCache(Cache):
     def expect(self, rows: int, columns: int) -> None:
         """
         Says what the next forward passes will need in all, so that memory grows once and not with each of them: what
-        is outgrown is too small for what comes next, and a GPU's allocator keeps it.
+        is outgrown is too small for what comes next, and a GPU's allocator keeps it. Zeros take that back.
         """
         self._plan.expected = rows, columns
 
@@ -84,7 +84,6 @@ class SlotCache(Cache):
             if layer.is_initialized and row == 0:
                 layer.is_initialized = False
                 layer.keys = layer.values = None
-                self._plan.expected = 0, 0
                 self._plan.version += 1
             elif layer.is_initialized and row < layer.keys.shape[0]:
                 layer.keys[row] = 0

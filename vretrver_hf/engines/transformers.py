@@ -236,17 +236,25 @@ class TransformersEngine(Engine):
     def _prefill(self) -> list[TurnResult]:
         """Brings in waiting turns, as many at a time as fit, and samples each one's first token."""
         results: list[TurnResult] = []
-        if self._waiting:
-            fresh = sum(session.row is None for session in self._waiting)
-            longest = max(session.num_tokens + len(session.pending.token_ids) for session in self._waiting)
-            self._cache.expect(min(len(self._rows) + fresh, self.max_sessions), longest)
-        while batch := self._next_batch():
-            logits = self._forward_prefill(batch)
-            for session in batch:
-                session.decoding = True
-            tokens, logprobs = self._draw(batch, 1)(logits, 0)
-            results += self._note(batch, tokens[:, None], logprobs[:, None])
+        self._cache.expect(*self._room())
+        try:
+            while batch := self._next_batch():
+                logits = self._forward_prefill(batch)
+                for session in batch:
+                    session.decoding = True
+                tokens, logprobs = self._draw(batch, 1)(logits, 0)
+                results += self._note(batch, tokens[:, None], logprobs[:, None])
+        finally:
+            self._cache.expect(0, 0)
         return results
+
+    def _room(self) -> tuple[int, int]:
+        """Rows and columns of the cache that are in use once all waiting turns are in, as far as rows are free."""
+        fresh = sum(session.row is None for session in self._waiting)
+        lengths = [session.num_tokens + len(session.pending.token_ids) for session in self._waiting]
+        rows, columns = min(len(self._rows) + fresh, self.max_sessions), max(lengths, default=0)
+        # Recorded passes fill up both, and would let the memory grow a second time.
+        return self._pass.size(rows, columns) if isinstance(self._pass, DecodeGraphs) else (rows, columns)
 
     def _next_batch(self) -> list[_Session]:
         batch: list[_Session] = []

@@ -79,7 +79,7 @@ def _changed(settings: Any) -> dict[str, Any]:
 
 
 def _memory(args: TrainingArguments) -> float | None:
-    """Most memory that PyTorch held on the first process's GPU, in GB of 10⁹ bytes."""
+    """Most memory that PyTorch held on the first process's GPU since it last started, in GB of 10⁹ bytes."""
     return round(torch.cuda.max_memory_reserved(args.device) / 1e9, 2) if args.device.type == "cuda" else None
 
 
