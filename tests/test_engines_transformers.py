@@ -252,6 +252,18 @@ def test_the_cache_grows_once_for_all_that_wait(model, processor, picture, monke
     assert len(calls) == 4 and {rows for rows, _ in calls} == {7}  # keys and values, in two layers
 
 
+def test_a_prefill_that_failed_makes_no_room_for_later_ones(model, processor, picture, monkeypatch):
+    engine = ForcedEngine(model, processor, lambda query_id, turn: format_answer([0, 1, 2]))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.features, "_compute", lambda images: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            play(engine, [make_task(picture, str(i)) for i in range(3)])
+    enlarged, calls = _slot_cache._enlarged, []
+    monkeypatch.setattr(_slot_cache, "_enlarged", lambda old, *size: calls.append(size) or enlarged(old, *size))
+    play(engine, [make_task(picture, "3")])
+    assert {rows for rows, _ in calls} == {1}
+
+
 @pytest.mark.parametrize("succeed", range(4))  # of keys and values, in two layers
 def test_full_memory_when_another_conversation_joins(model, processor, picture, monkeypatch, succeed):
     """While the first one writes, the cache may get a second row in some layers, and half in one."""

@@ -50,20 +50,18 @@ class SlotCache(Cache):
         self._plan.fresh = fresh
         self._plan.num_rows = columns.shape[0] if rows is None else int(rows.max()) + 1
 
-    def expect(self, rows: int, columns: int) -> None:
-        """
-        Says what the next forward passes will need in all, so that memory grows once and not with each of them: what
-        is outgrown is too small for what comes next, and a GPU's allocator keeps it. Zeros take that back.
-        """
-        self._plan.expected = rows, columns
-
     @property
     def version(self) -> int:
         """Another number whenever the memory for keys and values has moved."""
         return self._plan.version
 
     def reserve(self, rows: int, columns: int) -> None:
-        """Makes room for so many rows and columns, once there is something to keep."""
+        """
+        Makes room for so many rows and columns: at once, or with the first that come where none are in use. Growing
+        step by step would cost the sum of all sizes, since what is outgrown is too small for what comes next and a
+        GPU's allocator keeps it.
+        """
+        self._plan.room = rows, columns
         for layer in self.layers:
             if layer.is_initialized:
                 layer.grow(rows, columns)
@@ -97,7 +95,7 @@ class _Plan:
         self.length = 0
         self.fresh = True
         self.num_rows = 0
-        self.expected = 0, 0
+        self.room = 0, 0
         self.version = 0
 
 
@@ -115,6 +113,7 @@ class _SlotLayer(CacheLayerMixin):
         self.keys = key_states.new_zeros(0, heads, 0, width, dtype=value_states.dtype)
         self.values = value_states.new_zeros(0, heads, 0, value_states.shape[3])
         self.is_initialized = True
+        self.grow(*self._plan.room)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -122,7 +121,7 @@ class _SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         plan = self._plan
-        self.grow(max(plan.num_rows, plan.expected[0]), max(plan.length, plan.expected[1]))
+        self.grow(plan.num_rows, plan.length)
         rows = torch.arange(key_states.shape[0], device=key_states.device) if plan.rows is None else plan.rows
         # Advanced indices around a slice: the result is (batch, tokens, heads, width).
         self.keys[rows[:, None], :, plan.columns] = key_states.transpose(1, 2).to(self.keys.dtype)

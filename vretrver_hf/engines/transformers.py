@@ -236,16 +236,13 @@ class TransformersEngine(Engine):
     def _prefill(self) -> list[TurnResult]:
         """Brings in waiting turns, as many at a time as fit, and samples each one's first token."""
         results: list[TurnResult] = []
-        self._cache.expect(*self._room())
-        try:
-            while batch := self._next_batch():
-                logits = self._forward_prefill(batch)
-                for session in batch:
-                    session.decoding = True
-                tokens, logprobs = self._draw(batch, 1)(logits, 0)
-                results += self._note(batch, tokens[:, None], logprobs[:, None])
-        finally:
-            self._cache.expect(0, 0)
+        self._cache.reserve(*self._room())
+        while batch := self._next_batch():
+            logits = self._forward_prefill(batch)
+            for session in batch:
+                session.decoding = True
+            tokens, logprobs = self._draw(batch, 1)(logits, 0)
+            results += self._note(batch, tokens[:, None], logprobs[:, None])
         return results
 
     def _room(self) -> tuple[int, int]:
